@@ -1,0 +1,82 @@
+"""What can go wrong, one type for each cause a caller can act on.
+
+Every error of this package is an `LlmdError`; those that also describe a
+wrong value or a missing key are `ValueError` or `LookupError` as well, so
+code that knows nothing of llmd still catches what it expects.
+"""
+
+from __future__ import annotations
+
+
+class LlmdError(Exception):
+    """Any error raised on purpose by this package."""
+
+
+class InvalidRequest(LlmdError, ValueError):
+    """The request itself is wrong: sending it again cannot help."""
+
+
+class EmptyPrompt(InvalidRequest):
+    """A prompt has no tokens."""
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and output together exceed what any worker of the model takes."""
+
+
+class DuplicateRequest(InvalidRequest):
+    """The id belongs to a request that has not ended yet."""
+
+
+class UnknownModel(InvalidRequest, LookupError):
+    """No worker serves the model and none is expected to."""
+
+
+class UnknownAdapter(InvalidRequest, LookupError):
+    """No worker of the model serves the LoRA adapter."""
+
+
+class UnknownSession(InvalidRequest, LookupError):
+    """The session was never opened here, or was closed."""
+
+
+class UnknownWorker(LlmdError, LookupError):
+    """No worker has this id."""
+
+
+class BlockSizeMismatch(LlmdError, ValueError):
+    """Prefix hashes of one block size were asked for at another."""
+
+
+class InvalidEvent(LlmdError, ValueError):
+    """A cluster cannot accept the event; it changed nothing."""
+
+
+class PolicyError(LlmdError, ValueError):
+    """A policy broke its contract: a NaN, a wrong shape or an exception."""
+
+
+class Rejected(LlmdError):
+    """The balancer refused the request.
+
+    Attributes:
+        reason: In words, for the client.
+        retry_after: Seconds until another try makes sense; NaN if unknown.
+    """
+
+    def __init__(self, reason: str, retry_after: float = float("nan")) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(LlmdError, TimeoutError):
+    """The request was still waiting or running when its deadline passed."""
+
+
+class WorkerLost(LlmdError):
+    """The worker died after it had streamed part of the answer."""
+
+
+class EngineError(LlmdError):
+    """An engine refused a call or failed to start."""

@@ -1,0 +1,175 @@
+"""What happens to a cluster.  Every event says when, in `at`.
+
+Events about a worker or a request that is gone are late, not wrong: a cluster
+ignores them.  Ids are never used twice, so a late event cannot be mistaken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from .blocks import Hashes
+from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
+
+
+@attrs.frozen
+class Event:
+    """Something that happened.
+
+    Attributes:
+        at: When, in seconds on the driver's clock; never runs backwards.
+    """
+
+    at: float
+
+
+@attrs.frozen
+class RequestArrived(Event):
+    """A client wants an answer."""
+
+    request: Request
+
+
+@attrs.frozen
+class RequestCancelled(Event):
+    """The client of a request went away."""
+
+    request_id: RequestId
+
+
+@attrs.frozen
+class PrefillEnded(Event):
+    """*worker* computed the prompt for another worker that will decode it."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+@attrs.frozen
+class FirstToken(Event):
+    """*worker* began to answer.
+
+    Attributes:
+        cached_tokens: Prompt tokens it did not compute, by its own count.
+    """
+
+    worker: WorkerId
+    request_id: RequestId
+    cached_tokens: int | None = None
+
+
+@attrs.frozen
+class TokensGenerated(Event):
+    """*worker* generated *tokens* more, the first one not counted."""
+
+    worker: WorkerId
+    request_id: RequestId
+    tokens: int
+
+
+@attrs.frozen
+class RequestEnded(Event):
+    """*worker* holds the request no more.
+
+    Attributes:
+        error: What went wrong, in words; None for an answer in full.
+    """
+
+    worker: WorkerId
+    request_id: RequestId
+    error: str | None = None
+
+
+@attrs.frozen
+class WorkerJoined(Event):
+    """A worker is there; one that restarts joins under a new id."""
+
+    worker: Worker
+
+
+@attrs.frozen
+class WorkerChanged(Event):
+    """A worker's state, role, models or adapters changed; None: as before."""
+
+    worker: WorkerId
+    state: State | None = None
+    role: Role | None = None
+    models: frozenset[str] | None = None
+    loras: frozenset[str] | None = None
+
+
+@attrs.frozen
+class WorkerLeft(Event):
+    """A worker is gone, and all it was doing with it."""
+
+    worker: WorkerId
+
+
+@attrs.frozen
+class ModelAdded(Event):
+    """Requests for *model* are welcome, though perhaps no worker has it yet."""
+
+    model: str
+
+
+@attrs.frozen
+class ModelRemoved(Event):
+    """No more requests for *model*; those that wait are refused."""
+
+    model: str
+
+
+@attrs.frozen(eq=False)
+class BlocksStored(Event):
+    """*worker* holds more prefixes.
+
+    Attributes:
+        hashes: Names of the prefixes, shape (n,), as `Request.hashes` gives.
+        block_tokens: Tokens a block, by the engine's own word.
+    """
+
+    worker: WorkerId
+    hashes: Hashes
+    block_tokens: int
+    tier: Tier = Tier.GPU
+
+
+@attrs.frozen(eq=False)
+class BlocksRemoved(Event):
+    """*worker* dropped prefixes, shape (n,)."""
+
+    worker: WorkerId
+    hashes: Hashes
+    tier: Tier = Tier.GPU
+
+
+@attrs.frozen
+class BlocksCleared(Event):
+    """*worker* dropped its whole cache, or what it holds became unknown.
+
+    Attributes:
+        reason: In words, for diagnosis; empty if the engine asked for it.
+    """
+
+    worker: WorkerId
+    reason: str = ""
+
+
+@attrs.frozen
+class SignalsReported(Event):
+    """*worker* told how it is.
+
+    Attributes:
+        measured_at: When it looked; `at` if not given.
+    """
+
+    worker: WorkerId
+    signals: Signals
+    measured_at: float = math.nan
+
+
+@attrs.frozen
+class Tick(Event):
+    """Time passed: deadlines, windows and the autoscaler look again."""

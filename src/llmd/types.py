@@ -1,0 +1,176 @@
+"""The values that events, commands and policies exchange.
+
+All are frozen.  Times are seconds as `float`; every other number carries its
+unit in its name.  A missing measurement is NaN or None, never a magic number.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import NewType
+
+import attrs
+
+from .blocks import Hashes, Prompt, seed_of
+from .errors import InvalidRequest
+
+WorkerId = NewType("WorkerId", str)
+RequestId = NewType("RequestId", str)
+
+
+class Role(enum.Flag):
+    """What a worker may be asked to do."""
+
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    BOTH = PREFILL | DECODE
+
+
+class Tier(enum.IntEnum):
+    """Where a block lives, fastest first."""
+
+    GPU = 0
+    CPU = 1
+    DISK = 2
+    REMOTE = 3
+
+
+class State(enum.Enum):
+    """How far a worker is in its life; only READY ones get requests."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    SLEEPING = "sleeping"
+
+
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InvalidRequest(f"{name} is {value}, must be at least 1")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Request:
+    """A generation request, as much of it as scheduling needs.
+
+    Equality is identity: a request is one thing that happens, whose id no
+    other request in flight may use.
+
+    Attributes:
+        id: Unique among requests in flight.
+        prompt: Token ids in any form that `Prompt.of` takes.
+        arrived_at: When the client sent it, seconds.
+        max_new_tokens: Output cap, at least 1, or None if not given.
+        model: Served model name; empty means any.
+        lora: Name of a LoRA adapter; empty means none.
+        salt: Requests share cached prefixes only under an equal salt.
+        tenant: Who to be fair to.
+        session: Turns of one conversation carry one session name.
+        priority: Smaller runs earlier, as in vLLM.
+        deadline: Absolute time after which nobody waits any more, seconds.
+
+    Raises:
+        InvalidRequest: A value is out of range; `EmptyPrompt` for no tokens.
+
+    >>> request = Request(id="r1", prompt=[5, 6, 7], max_new_tokens=8)
+    >>> request.prompt_tokens
+    3
+    """
+
+    id: RequestId = attrs.field(converter=RequestId)
+    prompt: Prompt = attrs.field(converter=Prompt.of)
+    arrived_at: float = 0.0
+    max_new_tokens: int | None = None
+    model: str = ""
+    lora: str = ""
+    salt: str = ""
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
+    deadline: float = math.inf
+
+    def __attrs_post_init__(self) -> None:
+        if not self.id:
+            raise InvalidRequest("a request needs an id")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InvalidRequest(
+                f"max_new_tokens of {self.id!r} is {self.max_new_tokens},"
+                " must be at least 1"
+            )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.prompt.tokens
+
+    def hashes(self, block_tokens: int) -> Hashes:
+        """Name each block-aligned prefix of the prompt, shape (blocks,).
+
+        Equal names mean equal leading tokens, salt and adapter; the block
+        size does not enter, so engines that differ in it can be compared.
+        """
+        hashes = self.prompt.hashes(block_tokens)
+        if self.salt or self.lora:
+            return hashes + seed_of(self.salt, self.lora)
+        return hashes
+
+
+@attrs.frozen(kw_only=True)
+class Worker:
+    """What an engine can do, as it tells when it joins.
+
+    Attributes:
+        id: Never used again by another worker, not even after a restart.
+        models: Names it answers to; empty means every name.
+        loras: Adapters it can apply.
+        role: What it may be asked to do.
+        state: Where its life begins.
+        kv_blocks: Blocks its KV cache holds.
+        block_tokens: Tokens a block.
+        max_model_tokens: Prompt and output together, at most.
+        max_running: Requests it batches at once, at most.
+        machine: Name of its profile in `llmd.machines`; empty if unknown.
+
+    >>> Worker(id="a", kv_blocks=100).kv_tokens
+    1600
+    """
+
+    id: WorkerId = attrs.field(converter=WorkerId)
+    models: frozenset[str] = attrs.field(default=(), converter=frozenset)
+    loras: frozenset[str] = attrs.field(default=(), converter=frozenset)
+    role: Role = Role.BOTH
+    state: State = State.READY
+    kv_blocks: int = 50_000
+    block_tokens: int = 16
+    max_model_tokens: int = 1 << 30
+    max_running: int = 256
+    machine: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if not self.id:
+            raise InvalidRequest("a worker needs an id")
+        for name in ("kv_blocks", "block_tokens", "max_model_tokens", "max_running"):
+            _positive(f"{name} of worker {self.id!r}", getattr(self, name))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens its KV cache holds."""
+        return self.kv_blocks * self.block_tokens
+
+
+@attrs.frozen(kw_only=True)
+class Signals:
+    """What an engine says of itself, at one moment.
+
+    Attributes:
+        waiting_requests: In the engine's own queue.
+        running_requests: In its batch.
+        kv_usage: Part of the KV cache in use, in [0, 1].
+    """
+
+    waiting_requests: float = math.nan
+    running_requests: float = math.nan
+    kv_usage: float = math.nan
