@@ -177,7 +177,9 @@ def token_array(tokens: Any) -> Tokens:
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         return np.frombuffer(tokens, dtype=np.uint8).astype(np.uint64)
     try:
-        return np.frombuffer(array.array("I", tokens), dtype=np.uint32).astype(np.uint64)
+        return np.frombuffer(array.array("I", tokens), dtype=np.uint32).astype(
+            np.uint64
+        )
     except (TypeError, OverflowError, ValueError) as error:
         raise InvalidRequest(f"not token ids: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -104,6 +105,4 @@ class Engine(abc.ABC):
 
         Waits forever if it never does; the caller cancels.
         """
-        import asyncio
-
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.Future[str]()
