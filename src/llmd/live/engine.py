@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
 
+from ..errors import EngineError
 from ..events import BlocksCleared, BlocksRemoved, BlocksStored, SignalsReported
 from ..types import Request, RequestId, State, Worker, WorkerId
 
@@ -107,3 +108,31 @@ class Engine(abc.ABC):
         import asyncio
 
         return await asyncio.get_running_loop().create_future()
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of *text* by the engine's own tokenizer.
+
+        Raises:
+            EngineError: It has none.
+        """
+        raise EngineError(f"{type(self).__name__} has no tokenizer")
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation by the engine's chat template.
+
+        Args:
+            messages: As in the OpenAI API, text only.
+            tools: As in the OpenAI API.
+            template: Further variables of the template.
+
+        Raises:
+            InvalidRequest: The template refuses them.
+            EngineError: The engine has no tokenizer.
+        """
+        raise EngineError(f"{type(self).__name__} has no chat template")
