@@ -34,7 +34,7 @@ class Fail(Command):
     """The request ends with *error*; it holds nothing any more."""
 
     request: Request
-    error: LlmdError
+    error: LlmdError = attrs.field(eq=repr)
 
 
 @attrs.frozen

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .types import WorkerId
 
 _Floats = NDArray[np.float64]
+_Signal = NDArray[np.float64] | NDArray[np.int64]
 
 
 @attrs.frozen(eq=False)
@@ -29,16 +30,18 @@ class Term:
     """
 
     name: str
-    raw: _Floats
+    raw: _Signal
     unit: str
     value: _Floats
     weight: float = 1.0
     age: _Floats | float = 0.0
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Decision:
     """Where a request runs: `decode` always, `prefill` if elsewhere.
+
+    Decisions for the same workers are equal, whatever led to them.
 
     Attributes:
         decode: The worker that answers.
@@ -53,12 +56,12 @@ class Decision:
 
     decode: WorkerId
     prefill: WorkerId | None = None
-    candidates: tuple[WorkerId, ...] = ()
-    costs: _Floats | None = None
-    terms: tuple[Term, ...] = ()
-    tied: int = 1
-    notes: tuple[str, ...] = ()
-    prefill_decision: Decision | None = None
+    candidates: tuple[WorkerId, ...] = attrs.field(default=(), eq=False, repr=False)
+    costs: _Floats | None = attrs.field(default=None, eq=False, repr=False)
+    terms: tuple[Term, ...] = attrs.field(default=(), eq=False, repr=False)
+    tied: int = attrs.field(default=1, eq=False, repr=False)
+    notes: tuple[str, ...] = attrs.field(default=(), eq=False)
+    prefill_decision: Decision | None = attrs.field(default=None, eq=False, repr=False)
 
     @property
     def first(self) -> WorkerId:
@@ -72,9 +75,9 @@ class Decision:
         >>> queue = Term("queue", np.array([9.0, 4.0]), "tokens", costs)
         >>> print(Decision("b", candidates=("a", "b"), costs=costs,
         ...                terms=(queue,)).explain())
-        worker  queue               cost
-        ------  ------------------  ----
-        a       9 tokens -> 0.5 x1  0.5
+        worker  queue                cost
+        ------  -------------------  ----
+        a       9 tokens -> 0.5 x1   0.5
         b *     4 tokens -> 0.25 x1  0.25
         b has the lowest cost
         """

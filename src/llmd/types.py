@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import NewType
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import attrs
 
 from .blocks import Hashes, Prompt, seed_of
 from .errors import InvalidRequest
 
-WorkerId = NewType("WorkerId", str)
-RequestId = NewType("RequestId", str)
+WorkerId: TypeAlias = str
+RequestId: TypeAlias = str
 
 
 class Role(enum.Flag):
@@ -45,6 +46,14 @@ class State(enum.Enum):
     READY = "ready"
     DRAINING = "draining"
     SLEEPING = "sleeping"
+
+
+def _prompt(tokens: Prompt | Sequence[int] | bytes) -> Prompt:
+    return Prompt.of(tokens)
+
+
+def _names(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(names)
 
 
 def _positive(name: str, value: int | None) -> None:
@@ -80,8 +89,8 @@ class Request:
     3
     """
 
-    id: RequestId = attrs.field(converter=RequestId)
-    prompt: Prompt = attrs.field(converter=Prompt.of)
+    id: RequestId
+    prompt: Prompt = attrs.field(converter=_prompt)
     arrived_at: float = 0.0
     max_new_tokens: int | None = None
     model: str = ""
@@ -138,9 +147,9 @@ class Worker:
     1600
     """
 
-    id: WorkerId = attrs.field(converter=WorkerId)
-    models: frozenset[str] = attrs.field(default=(), converter=frozenset)
-    loras: frozenset[str] = attrs.field(default=(), converter=frozenset)
+    id: WorkerId
+    models: frozenset[str] = attrs.field(default=(), converter=_names)
+    loras: frozenset[str] = attrs.field(default=(), converter=_names)
     role: Role = Role.BOTH
     state: State = State.READY
     kv_blocks: int = 50_000

@@ -1,1 +1,1 @@
-"""The outside world, one module for each part; imported by name."""
+"""Bridges to the world outside; import each by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -105,9 +106,7 @@ class Engine(abc.ABC):
 
         Waits forever if it never does; the caller cancels.
         """
-        import asyncio
-
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.Future[str]()
 
     async def tokenize(self, text: str) -> list[int]:
         """Return the token ids of *text* by the engine's own tokenizer.

@@ -1,0 +1,136 @@
+"""What runs where: bookings made on dispatch and released on every way out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import attrs
+
+from .decision import Decision
+from .fleet import Fleet
+from .types import Request, RequestId, WorkerId
+
+
+@attrs.define(eq=False)
+class Booking:
+    """A request that was dispatched and has not ended.
+
+    Attributes:
+        request: It.
+        decision: Where it runs.
+        prefill_tokens: Prompt tokens booked on `decision.first`, 0 once done.
+        context_tokens: Prompt and output tokens booked on `decision.decode`.
+        prefilled: The prompt is computed.
+        streamed: Its client has seen part of the answer.
+    """
+
+    request: Request
+    decision: Decision
+    prefill_tokens: int
+    context_tokens: int
+    prefilled: bool = False
+    streamed: bool = False
+
+    @property
+    def workers(self) -> tuple[WorkerId, ...]:
+        """The workers that hold something of it."""
+        decode, prefill = self.decision.decode, self.decision.prefill
+        if prefill is None or prefill == decode or self.prefilled:
+            return (decode,)
+        return (prefill, decode)
+
+
+@attrs.define(eq=False)
+class Books:
+    """Bookings by request and by worker; every cell they touch is in *fleet*.
+
+    A booking adds to the worker's columns what ending it takes away again, so
+    an idle fleet's columns are zero whatever happened before.
+    """
+
+    fleet: Fleet
+    _bookings: dict[RequestId, Booking] = attrs.field(factory=dict, init=False)
+    _held: defaultdict[WorkerId, dict[RequestId, None]] = attrs.field(
+        factory=lambda: defaultdict(dict), init=False
+    )
+
+    def __contains__(self, id: RequestId) -> bool:
+        return id in self._bookings
+
+    def __len__(self) -> int:
+        return len(self._bookings)
+
+    def get(self, id: RequestId) -> Booking | None:
+        """Return the booking of a request, if it has one."""
+        return self._bookings.get(id)
+
+    def on(self, worker: WorkerId) -> list[Booking]:
+        """Return the bookings that *worker* holds, oldest first."""
+        return [self._bookings[id] for id in self._held.get(worker, ())]
+
+    def held_by(self, id: RequestId, worker: WorkerId) -> Booking | None:
+        """Return the booking if *worker* holds it; a late event finds none."""
+        booking = self._bookings.get(id)
+        if booking is None or worker not in booking.workers:
+            return None
+        return booking
+
+    def book(self, request: Request, decision: Decision, uncached_tokens: int) -> None:
+        """Book *request* on the workers of *decision*."""
+        booking = Booking(request, decision, uncached_tokens, request.prompt_tokens)
+        self._bookings[request.id] = booking
+        for worker in booking.workers:
+            self._held[worker][request.id] = None
+            self._add(worker, "running_requests", 1)
+            self._add(worker, "waiting_requests", 1)
+        self._add(decision.first, "prefill_tokens", uncached_tokens)
+        self._add(decision.decode, "context_tokens", booking.context_tokens)
+
+    def prefill_done(self, booking: Booking) -> None:
+        """Release what the prompt took, and the prefill worker if separate."""
+        if booking.prefilled:
+            return
+        decision = booking.decision
+        self._add(decision.first, "prefill_tokens", -booking.prefill_tokens)
+        booking.prefill_tokens = 0
+        for worker in booking.workers:
+            if worker != decision.decode:
+                self._let_go(worker, booking)
+        booking.prefilled = True
+
+    def first_token(self, booking: Booking) -> None:
+        """Note that the answer began."""
+        self.prefill_done(booking)
+        if not booking.streamed:
+            booking.streamed = True
+            self._add(booking.decision.decode, "waiting_requests", -1)
+            self.generated(booking, 1)
+
+    def generated(self, booking: Booking, tokens: int) -> None:
+        """Note *tokens* more of output."""
+        booking.context_tokens += tokens
+        self._add(booking.decision.decode, "context_tokens", tokens)
+
+    def release(self, booking: Booking) -> None:
+        """End a booking; what gone workers held is gone with them."""
+        decode = booking.decision.decode
+        self.prefill_done(booking)
+        if booking.streamed:
+            self._add(decode, "waiting_requests", 1)
+        self._let_go(decode, booking)
+        self._add(decode, "context_tokens", -booking.context_tokens)
+        del self._bookings[booking.request.id]
+
+    def close(self, worker: WorkerId) -> None:
+        """Forget an empty page: *worker* is gone."""
+        self._held.pop(worker, None)
+
+    def _let_go(self, worker: WorkerId, booking: Booking) -> None:
+        self._held[worker].pop(booking.request.id, None)
+        self._add(worker, "running_requests", -1)
+        self._add(worker, "waiting_requests", -1)
+
+    def _add(self, worker: WorkerId, column: str, amount: int) -> None:
+        row = self.fleet.row(worker)
+        if row is not None:
+            self.fleet.columns[column][row] += amount

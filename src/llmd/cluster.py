@@ -1,0 +1,90 @@
+"""The cluster: events in, commands out, no input or output of its own.
+
+A driver feeds it every event in order of time and carries out the commands
+that come back, in order; `llmd.sim` does so in virtual time on modelled
+workers, `llmd.live` in real time on engines.  Policies are asked,
+synchronously, whenever something may have changed for them, and see one `View`
+whose columns are kept up to date in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from .commands import Command
+from .core import Core
+from .decision import Decision
+from .errors import InvalidEvent
+from .events import Event
+from .transitions import TRANSITIONS
+from .types import RequestId
+
+
+@attrs.define(eq=False)
+class Cluster(Core):
+    """Follows the workers and decides what runs where.
+
+    Equal events and an equal seed give equal commands, so a recorded run can
+    be replayed, also against another policy.  Policies may be replaced at any
+    time by assigning to the attribute; nothing in flight is touched.
+
+    A policy that raises, or breaks its contract, ends the request it was asked
+    about with a `PolicyError` and nothing else.
+
+    Attributes:
+        router: Chooses a worker for each request.
+        balancer: Orders the requests that wait.
+        autoscaler: Chooses the number of workers; None leaves it alone.
+        index: Knows who holds which prefix.
+        max_attempts: Dispatches of one request before it fails.
+        seed: Of all randomness.
+        observer: Called with every event and then its commands.
+        view: What policies see.
+
+    >>> from llmd.events import RequestArrived, WorkerJoined
+    >>> from llmd.types import Request, Worker
+    >>> cluster = Cluster()
+    >>> cluster.handle(WorkerJoined(0.0, Worker(id="a")))
+    []
+    >>> request = Request(id="r", prompt=[1, 2, 3])
+    >>> [command] = cluster.handle(RequestArrived(0.1, request))
+    >>> command.decision.decode
+    'a'
+    """
+
+    observer: Callable[[Event | Command], object] | None = None
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take in *event* and return what must now be done, in order.
+
+        Raises:
+            InvalidEvent: It is older than the last one, of an unknown type, or
+                names a worker that is there already.
+            InvalidRequest: The request that arrived cannot be served here; its
+                subclasses say why.
+            PolicyError: The autoscaler broke its contract.
+
+        Whatever is raised, nothing has changed.
+        """
+        transition = TRANSITIONS.get(type(event))
+        if transition is None:
+            raise InvalidEvent(f"{event!r} is of no type a cluster knows")
+        if not event.at >= self.view.now:
+            raise InvalidEvent(f"{event!r} is before {self.view.now}")
+        commands = transition(self, event)
+        if self.observer is not None:
+            self.observer(event)
+            for command in commands:
+                self.observer(command)
+        return commands
+
+    def waits(self, id: RequestId) -> bool:
+        """Say whether a request waits for a worker."""
+        return id in self.waiting
+
+    def runs(self, id: RequestId) -> Decision | None:
+        """Return where a request runs, if it does."""
+        booking = self.books.get(id)
+        return None if booking is None else booking.decision

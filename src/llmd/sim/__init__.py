@@ -1,0 +1,1 @@
+"""A driver in virtual time: the same cluster, modelled workers."""

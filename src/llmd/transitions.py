@@ -1,0 +1,231 @@
+"""What each event does to a cluster: one function an event.
+
+Every function checks first, then changes, then returns commands, so that one
+that raises has changed nothing.  A late event finds neither its worker nor its
+booking and does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from . import commands as c
+from . import events as e
+from .core import Core, policy_error
+from .errors import (
+    EngineError,
+    InvalidEvent,
+    PolicyError,
+    Rejected,
+    UnknownModel,
+    WorkerLost,
+)
+
+
+def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
+    request = event.request
+    core.check(request)
+    core.view.advance(event.at)
+    try:
+        verdict = core.balancer.admit(request, core.view)
+        key = core.balancer.key(request, core.view)
+        if key != key:
+            raise PolicyError(f"{core.balancer!r} gave {request.id!r} the key {key}")
+        if verdict.admitted:
+            core.waiting.push(key, request)
+    except Exception as error:
+        return [c.Fail(request, policy_error(core.balancer, error))]
+    if not verdict.admitted:
+        return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+    if request.deadline < math.inf:
+        core.deadlines.add((request.deadline, request.id))
+    return core.dispatch(request.model)
+
+
+def cancelled(core: Core, event: e.RequestCancelled) -> list[c.Command]:
+    core.view.advance(event.at)
+    request = core.waiting.remove(event.request_id)
+    if request is not None:
+        core.gone(request)
+        return []
+    booking = core.books.get(event.request_id)
+    if booking is None:
+        return []
+    aborts = core.abort(booking)
+    core.gone(booking.request)
+    return [*aborts, *core.dispatch()]
+
+
+def prefill_ended(core: Core, event: e.PrefillEnded) -> list[c.Command]:
+    core.view.advance(event.at)
+    booking = core.books.held_by(event.request_id, event.worker)
+    if booking is None or event.worker != booking.decision.first:
+        return []
+    core.index.settle(event.worker, booking.request, None, event.at)
+    core.books.prefill_done(booking)
+    return core.dispatch()
+
+
+def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
+    core.view.advance(event.at)
+    booking = core.books.held_by(event.request_id, event.worker)
+    if booking is None or event.worker != booking.decision.decode:
+        return []
+    for worker in booking.workers:
+        cached = event.cached_tokens if worker == booking.decision.first else None
+        core.index.settle(worker, booking.request, cached, event.at)
+    core.books.first_token(booking)
+    return [*core.charge(booking, 1), *core.dispatch()]
+
+
+def generated(core: Core, event: e.TokensGenerated) -> list[c.Command]:
+    core.view.advance(event.at)
+    booking = core.books.held_by(event.request_id, event.worker)
+    if booking is None:
+        return []
+    core.books.generated(booking, event.tokens)
+    return core.charge(booking, event.tokens)
+
+
+def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
+    core.view.advance(event.at)
+    booking = core.books.held_by(event.request_id, event.worker)
+    if booking is None:
+        return []
+    if event.error is None:
+        core.release(booking)
+        core.gone(booking.request)
+        return core.dispatch()
+    others = [
+        c.Abort(worker, event.request_id)
+        for worker in booking.workers
+        if worker != event.worker
+    ]
+    error = EngineError(f"{event.worker}: {event.error}")
+    return [*others, core.retry(booking, error), *core.dispatch()]
+
+
+def joined(core: Core, event: e.WorkerJoined) -> list[c.Command]:
+    worker = event.worker
+    if worker.id in core.fleet:
+        raise InvalidEvent(f"{event!r}: a worker of this id is there already")
+    core.view.advance(event.at)
+    core.fleet.join(worker)
+    core.models |= worker.models
+    core.index.join(worker, event.at)
+    return core.refresh()
+
+
+def changed(core: Core, event: e.WorkerChanged) -> list[c.Command]:
+    core.view.advance(event.at)
+    if event.worker not in core.fleet:
+        return []
+    core.fleet.change(
+        event.worker,
+        event.state,
+        role=event.role,
+        models=event.models,
+        loras=event.loras,
+    )
+    core.models |= event.models or frozenset()
+    return core.refresh()
+
+
+def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
+    core.view.advance(event.at)
+    if event.worker not in core.fleet:
+        return []
+    commands: list[c.Command] = []
+    bookings = core.books.on(event.worker)
+    core.fleet.leave(event.worker)
+    core.view.workers = core.fleet.workers
+    core.index.leave(event.worker, event.at)
+    for booking in bookings:
+        commands += [
+            c.Abort(worker, booking.request.id)
+            for worker in booking.workers
+            if worker != event.worker
+        ]
+        error = WorkerLost(f"worker {event.worker!r} was lost")
+        commands.append(core.retry(booking, error))
+    core.books.close(event.worker)
+    return [*commands, *core.refresh()]
+
+
+def model_added(core: Core, event: e.ModelAdded) -> list[c.Command]:
+    core.view.advance(event.at)
+    core.models.add(event.model)
+    return []
+
+
+def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
+    core.view.advance(event.at)
+    core.models.discard(event.model)
+    commands: list[c.Command] = []
+    for request in core.waiting.drop_model(event.model):
+        error = UnknownModel(f"model {event.model!r} was removed")
+        core.gone(request)
+        commands.append(c.Fail(request, error))
+    return commands
+
+
+def stored(core: Core, event: e.BlocksStored) -> list[c.Command]:
+    core.view.advance(event.at)
+    if event.worker in core.fleet:
+        core.index.store(
+            event.worker, event.hashes, event.block_tokens, event.tier, event.at
+        )
+    return []
+
+
+def removed(core: Core, event: e.BlocksRemoved) -> list[c.Command]:
+    core.view.advance(event.at)
+    if event.worker in core.fleet:
+        core.index.remove(event.worker, event.hashes, event.tier, event.at)
+    return []
+
+
+def cleared(core: Core, event: e.BlocksCleared) -> list[c.Command]:
+    core.view.advance(event.at)
+    if event.worker in core.fleet:
+        core.index.forget(event.worker, event.reason, event.at)
+    return []
+
+
+def reported(core: Core, event: e.SignalsReported) -> list[c.Command]:
+    core.view.advance(event.at)
+    row = core.fleet.row(event.worker)
+    if row is not None:
+        core.fleet.report(row, event)
+    return []
+
+
+def ticked(core: Core, event: e.Tick) -> list[c.Command]:
+    scale = core.scale(event.at)
+    core.view.advance(event.at)
+    commands: list[c.Command] = []
+    while core.deadlines and core.deadlines[0][0] <= event.at:
+        commands += core.expire(core.deadlines[0][1])
+    return [*commands, *core.dispatch(), *scale]
+
+
+TRANSITIONS: dict[type, Callable[[Any, Any], list[c.Command]]] = {
+    e.RequestArrived: arrived,
+    e.RequestCancelled: cancelled,
+    e.PrefillEnded: prefill_ended,
+    e.FirstToken: first_token,
+    e.TokensGenerated: generated,
+    e.RequestEnded: ended,
+    e.WorkerJoined: joined,
+    e.WorkerChanged: changed,
+    e.WorkerLeft: left,
+    e.ModelAdded: model_added,
+    e.ModelRemoved: model_removed,
+    e.BlocksStored: stored,
+    e.BlocksRemoved: removed,
+    e.BlocksCleared: cleared,
+    e.SignalsReported: reported,
+    e.Tick: ticked,
+}

@@ -1,0 +1,180 @@
+"""Any sequence of events leaves the cluster's books balanced."""
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+import llmd
+from llmd import commands as c
+from llmd import events as e
+
+
+def make_cluster(observer):
+    return llmd.Cluster(
+        router=2 * llmd.PrefixOverlap() + llmd.QueueDepth(),
+        balancer=llmd.Fcfs(max_running=3, max_waiting=20),
+        autoscaler=llmd.TargetConcurrency(requests_per_worker=4, max_workers=5),
+        seed=1,
+        observer=observer,
+    )
+
+
+class ClusterMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.cluster = make_cluster(self.log.append)
+        self.now, self.count = 0.0, 0
+        self.where: dict[str, str] = {}
+        self.streamed: set[str] = set()
+        self.waiting: set[str] = set()
+        self.workers: set[str] = set()
+        self.gone: list[tuple[str, str]] = []
+        self.requests: dict[str, llmd.Request] = {}
+
+    def feed(self, event):
+        for command in self.cluster.handle(event):
+            match command:
+                case c.Dispatch(request=request, decision=decision):
+                    assert request.id in self.waiting
+                    assert decision.decode in self.workers
+                    self.waiting.remove(request.id)
+                    self.where[request.id] = decision.decode
+                case c.Requeue(request=request):
+                    assert request.id not in self.streamed
+                    self.gone.append((self.where.pop(request.id), request.id))
+                    self.waiting.add(request.id)
+                case c.Fail(request=request):
+                    self.waiting.discard(request.id)
+                    self.where.pop(request.id, None)
+                case c.Abort(worker=worker, request_id=id):
+                    assert self.where.pop(id) == worker
+                case c.Scale(workers=workers):
+                    assert 1 <= workers <= 5
+
+    def draw_running(self, data):
+        return data.draw(st.sampled_from(sorted(self.where)))
+
+    @rule(gap=st.floats(0, 5))
+    def wait(self, gap):
+        self.now += gap
+        self.feed(e.Tick(self.now))
+
+    @rule(
+        tokens=st.integers(1, 99),
+        start=st.integers(0, 2),
+        salt=st.sampled_from(["", "x"]),
+        patience=st.sampled_from([1.0, 8.0, float("inf")]),
+    )
+    def arrive(self, tokens, start, salt, patience):
+        self.count += 1
+        request = llmd.Request(
+            id=f"r{self.count}",
+            arrived_at=self.now,
+            prompt=range(start, start + tokens),
+            salt=salt,
+            deadline=self.now + patience,
+        )
+        self.waiting.add(request.id)
+        self.requests[request.id] = request
+        self.feed(e.RequestArrived(self.now, request))
+
+    @rule(size=st.sampled_from([16, 32]))
+    def join(self, size):
+        self.count += 1
+        worker = llmd.Worker(id=f"w{self.count}", kv_blocks=100, block_tokens=size)
+        self.workers.add(worker.id)
+        self.feed(e.WorkerJoined(self.now, worker))
+
+    @rule(data=st.data())
+    def leave(self, data):
+        if self.workers:
+            worker = data.draw(st.sampled_from(sorted(self.workers)))
+            self.workers.remove(worker)
+            self.feed(e.WorkerLeft(self.now, worker))
+            assert worker not in self.where.values()
+
+    @rule(data=st.data(), state=st.sampled_from(llmd.State))
+    def change(self, data, state):
+        if self.workers:
+            worker = data.draw(st.sampled_from(sorted(self.workers)))
+            self.feed(e.WorkerChanged(self.now, worker, state=state))
+
+    @rule(data=st.data())
+    def first_token(self, data):
+        if self.where:
+            id = self.draw_running(data)
+            self.streamed.add(id)
+            self.feed(e.FirstToken(self.now, self.where[id], id))
+
+    @rule(data=st.data(), tokens=st.integers(1, 9))
+    def generate(self, data, tokens):
+        if running := sorted(self.streamed & self.where.keys()):
+            id = data.draw(st.sampled_from(running))
+            self.feed(e.TokensGenerated(self.now, self.where[id], id, tokens))
+
+    @rule(data=st.data(), error=st.sampled_from([None, "broke"]))
+    def end(self, data, error):
+        if self.where:
+            id = self.draw_running(data)
+            if error is None:
+                worker = self.where.pop(id)
+            else:
+                worker = self.where[id]
+            self.feed(e.RequestEnded(self.now, worker, id, error))
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        if known := sorted(self.waiting | self.where.keys()):
+            id = data.draw(st.sampled_from(known))
+            self.waiting.discard(id)
+            self.feed(e.RequestCancelled(self.now, id))
+
+    @rule(data=st.data(), tier=st.sampled_from(llmd.Tier), drop=st.booleans())
+    def blocks(self, data, tier, drop):
+        if self.workers and self.requests:
+            worker = data.draw(st.sampled_from(sorted(self.workers)))
+            request = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
+            if drop:
+                hashes = request.hashes(16)
+                self.feed(e.BlocksRemoved(self.now, worker, hashes, tier))
+            else:
+                size = data.draw(st.sampled_from([16, 32]))
+                hashes = request.hashes(size)
+                self.feed(e.BlocksStored(self.now, worker, hashes, size, tier))
+
+    @rule()
+    def late(self):
+        for worker, id in self.gone:
+            self.feed(e.FirstToken(self.now, worker, id))
+            self.feed(e.RequestEnded(self.now, worker, id))
+
+    @invariant()
+    def books_balance(self):
+        workers = self.cluster.view.workers
+        assert set(workers.ids) == self.workers
+        assert {r.id for r in self.cluster.view.waiting} == self.waiting
+        assert int(workers.running_requests.sum()) == len(self.where)
+        waiting = self.where.keys() - self.streamed
+        assert int(workers.waiting_requests.sum()) == len(waiting)
+        assert (workers.running_requests <= 3).all()
+        for row, id in enumerate(workers.ids):
+            if id not in self.where.values():
+                assert workers.prefill_tokens[row] == 0
+                assert workers.context_tokens[row] == 0
+        assert (workers.prefill_tokens >= 0).all()
+        assert self.cluster.view.waiting.prompt_tokens == sum(
+            self.requests[id].prompt_tokens for id in self.waiting
+        )
+        self.cluster.index.check()
+
+    def teardown(self):
+        replayed = []
+        twin = make_cluster(replayed.append)
+        for event in [entry for entry in self.log if isinstance(entry, e.Event)]:
+            twin.handle(event)
+        assert replayed == self.log
+
+
+TestCluster = ClusterMachine.TestCase
+TestCluster.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
