@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import attrs
-import zmq
 import zmq.asyncio
+from zmq.constants import SocketOption, SocketType
 
 from .kv_events import END, Gap, KVEventDecoder, Report
 
@@ -70,8 +70,8 @@ class KVEventStream:
     def start(self) -> None:
         """Subscribe; reports follow until `close`."""
         self._context = zmq.asyncio.Context()
-        socket = self._socket(zmq.SocketType.SUB, self._batches_queued)
-        socket.setsockopt(zmq.SocketOption.SUBSCRIBE, self._endpoint.topic.encode())
+        socket = self._socket(SocketType.SUB, self._batches_queued)
+        socket.setsockopt(SocketOption.SUBSCRIBE, self._endpoint.topic.encode())
         if self._endpoint.bind:
             socket.bind(self._endpoint.events)
         else:
@@ -107,7 +107,7 @@ class KVEventStream:
         """Feed what the publisher still has from the gap on."""
         if not self._endpoint.replay:
             return
-        socket = self._socket(zmq.SocketType.DEALER, 0)
+        socket = self._socket(SocketType.DEALER, 0)
         try:
             socket.connect(self._endpoint.replay)
             async with asyncio.timeout(self._replay_timeout):
@@ -126,10 +126,10 @@ class KVEventStream:
         for report in self.decoder.feed(frames, at, replayed=replayed, final=final):
             self._push(report)
 
-    def _socket(self, kind: zmq.SocketType, queued: int) -> zmq.asyncio.Socket:
+    def _socket(self, kind: SocketType, queued: int) -> zmq.asyncio.Socket:
         if self._context is None:
             raise RuntimeError("the stream is not started")
         socket = self._context.socket(kind)
         # 0 is no bound: a replay is bounded by the publisher's own buffer.
-        socket.setsockopt(zmq.SocketOption.RCVHWM, queued)
+        socket.setsockopt(SocketOption.RCVHWM, queued)
         return socket

@@ -129,8 +129,9 @@ def to_vllm(call: Call, *, detokenize: bool) -> Any:
     Raises:
         InvalidRequest: vLLM or `checked` refuses them.
     """
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
 
     given = checked(call.sampling)
     if "logit_bias" in given:
