@@ -84,7 +84,9 @@ async def running(engine, name) -> AsyncIterator[Running]:
 
 def prompt(length, salt=0):
     """Make token ids that every other *salt* shares no block with."""
-    return [(salt * 97 + k * 13 + (k * k) % 7 + salt * k) % 400 + 4 for k in range(length)]
+    return [
+        (salt * 97 + k * 13 + (k * k) % 7 + salt * k) % 400 + 4 for k in range(length)
+    ]
 
 
 def request(name, tokens, **fields):
