@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class VllmEngine(Engine):
         start_timeout: Seconds to load the model.
         signals_every: Seconds between two reports of signals, at least.
 
+    Attributes:
+        counters: What the engine itself has counted since it was ready, under
+            the names of vLLM's metrics without `vllm:` and `_total`.
+
     >>> VllmEngine("models/tiny", options={"max_model_len": 2048}).names
     ('tiny',)
     """
@@ -64,6 +69,7 @@ class VllmEngine(Engine):
         self.model = str(model)
         self.names = tuple(names) or (Path(self.model).name,)
         self.tokenizer: Tokenizer | None = None
+        self.counters: Counter[str] = Counter()
         self._options = dict(options or {})
         self._loras = dict(loras or {})
         self._environment = dict(environment or {})
@@ -96,6 +102,7 @@ class VllmEngine(Engine):
             async with asyncio.timeout(_PROBE_TIMEOUT):
                 await self._warm(gate)
             gate.opened = True
+            self.counters.clear()
             return self._describe(worker)
         except BaseException as error:
             await self.stop()
@@ -201,6 +208,7 @@ class VllmEngine(Engine):
             self._environment,
             endpoint,
             self._signals,
+            self.counters,
         )
         try:
             async with asyncio.timeout(self._start_timeout):

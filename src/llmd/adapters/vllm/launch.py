@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def launch(
     environment: Mapping[str, str],
     events: KVEndpoint,
     signals: Callable[[Signals], None],
+    counters: Counter[str],
 ) -> Any:
     """Return a started `AsyncLLM`; blocks for seconds, so call it in a thread.
 
@@ -55,13 +57,15 @@ def launch(
         environment: Set while it starts, for its processes to inherit.
         events: Where it shall publish KV events.
         signals: Called on the event loop after each step.
+        counters: Counted up after each step, under the names of `count`.
 
     Raises:
         EngineError: It did not start.
     """
     with _starting:
         try:
-            return _launch(model, names, options, environment, events, signals)
+            listener = _listener(signals, counters)
+            return _launch(model, names, options, environment, events, listener)
         except Exception as error:
             raise EngineError(f"vLLM did not start {model!r}: {error}") from error
 
@@ -72,7 +76,7 @@ def _launch(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    signals: Callable[[Signals], None],
+    listener: Callable[..., Any],
 ) -> Any:
     from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -108,11 +112,13 @@ def _launch(
         # The CPU platform sets "spawn" while it makes the configuration.
         with _environment({"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}):
             return AsyncLLM.from_vllm_config(
-                config, stat_loggers=[_listener(signals)], disable_log_stats=True
+                config, stat_loggers=[listener], disable_log_stats=True
             )
 
 
-def _listener(signals: Callable[[Signals], None]) -> Callable[..., Any]:
+def _listener(
+    signals: Callable[[Signals], None], counters: Counter[str]
+) -> Callable[..., Any]:
     """Return what vLLM calls a stat logger factory."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -121,8 +127,13 @@ def _listener(signals: Callable[[Signals], None]) -> Callable[..., Any]:
             pass
 
         def record(
-            self, scheduler_stats: Any = None, *_args: Any, **_kwargs: Any
+            self,
+            scheduler_stats: Any = None,
+            iteration_stats: Any = None,
+            *_args: Any,
+            **_kwargs: Any,
         ) -> None:
+            count(counters, scheduler_stats, iteration_stats)
             if scheduler_stats is not None:
                 signals(
                     Signals(
@@ -137,6 +148,22 @@ def _listener(signals: Callable[[Signals], None]) -> Callable[..., Any]:
             pass
 
     return Listener
+
+
+def count(counters: Counter[str], scheduler: Any, iteration: Any) -> None:
+    """Add one step of an engine's own statistics, under its metrics' names."""
+    if scheduler is not None:
+        counters["prefix_cache_queries"] += scheduler.prefix_cache_stats.queries
+        counters["prefix_cache_hits"] += scheduler.prefix_cache_stats.hits
+        external = getattr(scheduler, "connector_prefix_cache_stats", None)
+        if external is not None:
+            counters["external_prefix_cache_queries"] += external.queries
+            counters["external_prefix_cache_hits"] += external.hits
+    if iteration is not None:
+        counters["prompt_tokens"] += iteration.num_prompt_tokens
+        counters["generation_tokens"] += iteration.num_generation_tokens
+        counters["num_preemptions"] += iteration.num_preempted_reqs
+        counters["request_success"] += len(iteration.finished_requests)
 
 
 def processes(llm: Any) -> list[Any]:
