@@ -39,16 +39,18 @@ _starting = threading.Lock()
 
 
 def launch(
+    made: list[Any],
     model: str,
     names: tuple[str, ...],
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
     signals: Callable[[Signals], None],
-) -> Any:
-    """Return a started `AsyncLLM`; blocks for seconds, so call it in a thread.
+) -> None:
+    """Start an `AsyncLLM`; blocks for seconds, so call it in a thread.
 
     Args:
+        made: Takes the engine.
         model: Directory or hub name.
         names: It is served as; the first one is vLLM's.
         options: Of `AsyncEngineArgs`; they override what is chosen here.
@@ -61,7 +63,7 @@ def launch(
     """
     with _starting:
         try:
-            return _launch(model, names, options, environment, events, signals)
+            made.append(_launch(model, names, options, environment, events, signals))
         except Exception as error:
             raise EngineError(f"vLLM did not start {model!r}: {error}") from error
 
