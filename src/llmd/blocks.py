@@ -117,8 +117,8 @@ class Hasher:
             self._grow(end)
             upto = min(len(self._coefficients), end + _PLAIN_TOKENS)
             self._plain += self._coefficients[len(self._plain) : upto].tolist()
-        total = sum(map(operator.mul, tokens, self._plain[start_tokens:end]))
-        total += self._sums.item(end) - self._sums.item(start_tokens)
+        total: int = sum(map(operator.mul, tokens, self._plain[start_tokens:end]))
+        total += int(self._sums[end]) - int(self._sums[start_tokens])
         return (start + total) & 0xFFFF_FFFF_FFFF_FFFF
 
     def seed(self, *names: str) -> np.uint64:
