@@ -22,7 +22,7 @@ def tier_credit(
     ...     for hardware in (GH200_96, H200)
     ... ]
     >>> [round(credit, 3) for credit in credits]
-    [0.99, 0.932]
+    [0.99, 0.933]
     """
     if tier is Tier.GPU:
         return 1.0

@@ -90,8 +90,8 @@ class Hardware:
 PCIE5 = Link(name="PCIe 5 x16", in_bytes_per_s=55 * GB, out_bytes_per_s=55 * GB)
 """Pinned copies on an H200, 24 November 2026; the bus itself carries 63 GB/s."""
 
-PCIE4 = Link(name="PCIe 4 x16", in_bytes_per_s=25 * GB, out_bytes_per_s=25 * GB)
-"""The bus carries 31.5 GB/s; scaled by what a PCIe 5 bus was measured to give."""
+PCIE4 = Link(name="PCIe 4 x16", in_bytes_per_s=27.5 * GB, out_bytes_per_s=27.5 * GB)
+"""The bus carries 31.5 GB/s, times the part of it that a PCIe 5 bus gave."""
 
 C2C = Link(name="NVLink-C2C", in_bytes_per_s=395 * GB, out_bytes_per_s=296 * GB)
 """450 GB/s a direction by the data sheet.  Published measurements: 375-416 GB/s
@@ -139,8 +139,8 @@ H200 = Hardware(
     peer=NVLINK4,
     compute_capability=(9, 0),
 )
-"""NVIDIA H200 SXM data sheet: 141 GB HBM3e at 4.8 TB/s.  Host memory: a node of
-eight with 2 TB, the usual size."""
+"""NVIDIA H200 SXM data sheet: 141 GB HBM3e at 4.8 TB/s.  Host memory is
+assumed: a node of eight with 2 TB."""
 
 H100 = attrs.evolve(H200, name="h100", memory_bytes=80 * GB, memory_bytes_per_s=3.35e12)
 """NVIDIA H100 SXM data sheet: 80 GB HBM3 at 3.35 TB/s, compute as the H200."""
@@ -155,7 +155,8 @@ A100 = Hardware(
     peer=NVLINK3,
     compute_capability=(8, 0),
 )
-"""NVIDIA A100 80GB SXM data sheet; no FP8.  Host memory: a node of eight with 1 TB."""
+"""NVIDIA A100 80GB SXM data sheet; no FP8.  Host memory
+is assumed: a node of eight with 1 TB."""
 
 L40S = Hardware(
     name="l40s",

@@ -33,9 +33,9 @@ class Efficiency:
         knee: As of `Machine`.
     """
 
-    compute: float = 0.69
-    attention: float = 0.64
-    memory: float = 0.87
+    compute: float = 0.68
+    attention: float = 0.68
+    memory: float = 0.92
     weights: float = 0.86
     layer_s: float = 45e-6
     request_s: float = 4e-6
