@@ -80,3 +80,19 @@ class WorkerLost(LlmdError):
 
 class EngineError(LlmdError):
     """An engine refused a call or failed to start."""
+
+
+class InvalidHardware(LlmdError, ValueError):
+    """A hardware profile, a model's shape or a probe cannot be right."""
+
+
+class UnknownHardware(LlmdError, LookupError):
+    """What the driver says of a device matches no profile."""
+
+
+class DoesNotFit(LlmdError, ValueError):
+    """Engines wanted on one GPU need more memory than it has."""
+
+
+class InvalidSlice(LlmdError, ValueError):
+    """A time slice was set up wrongly: a name, a weight or a quantum."""
