@@ -95,6 +95,24 @@ class Hasher:
             hashes += np.uint64((start - past) & 0xFFFF_FFFF_FFFF_FFFF)
         return hashes
 
+    def extend(self, tokens: Tokens, start_tokens: int = 0, start: int = 0) -> int:
+        """Name the prefix that *tokens* make longer: the last of `hashes`.
+
+        A third of the price of `hashes` for a single block, which is what a
+        decoding engine reports.
+
+        >>> one, tokens = Hasher(key=bytes(16)), np.arange(64, dtype=np.uint64)
+        >>> first = one.extend(tokens[:16])
+        >>> one.extend(tokens[16:], 16, first) == one.hashes(tokens, 16)[-1]
+        True
+        """
+        end = start_tokens + len(tokens)
+        if end > len(self._coefficients):
+            self._grow(end)
+        total = int(tokens.dot(self._coefficients[start_tokens:end]))
+        total += self._sums.item(end) - self._sums.item(start_tokens)
+        return (start + total) & 0xFFFF_FFFF_FFFF_FFFF
+
     def seed(self, *names: str) -> np.uint64:
         """Return a number to add to names that must not meet others.
 

@@ -98,9 +98,13 @@ async def test_a_streamed_request_fails_clearly(make_engine, fault, error):
         await server.add(make_engine(), "b")
         server.cluster.router = Prefer("a")
         seen = []
-        with pytest.raises(error):
+
+        async def read():
             async for output in server.generate(request(max_new_tokens=9)):
-                seen += output.token_ids
+                seen.extend(output.token_ids)
+
+        with pytest.raises(error):
+            await read()
         assert seen == [7, 7]
         assert booked(server) == 0
 
