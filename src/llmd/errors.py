@@ -56,6 +56,14 @@ class PolicyError(LlmdError, ValueError):
     """A policy broke its contract: a NaN, a wrong shape or an exception."""
 
 
+class InvalidPolicy(LlmdError, ValueError):
+    """A policy was built with values that make no sense."""
+
+
+class NoSignal(LlmdError):
+    """What a policy measures cannot be told now; it keeps what it decided."""
+
+
 class Rejected(LlmdError):
     """The balancer refused the request.
 
