@@ -80,3 +80,23 @@ class WorkerLost(LlmdError):
 
 class EngineError(LlmdError):
     """An engine refused a call or failed to start."""
+
+
+class TransferError(LlmdError):
+    """KV blocks could not be moved; the prompt can always be computed again."""
+
+
+class HandshakeRefused(TransferError, ValueError):
+    """Two transports must not exchange blocks.
+
+    Attributes:
+        field: What differs: `key`, `protocol`, or a field of the layout.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class CircuitOpen(TransferError):
+    """The peer failed too often lately; nothing is tried for a while."""
