@@ -104,3 +104,23 @@ class DoesNotFit(LlmdError, ValueError):
 
 class InvalidSlice(LlmdError, ValueError):
     """A time slice was set up wrongly: a name, a weight or a quantum."""
+
+
+class TransferError(LlmdError):
+    """KV blocks could not be moved; the prompt can always be computed again."""
+
+
+class HandshakeRefused(TransferError, ValueError):
+    """Two transports must not exchange blocks.
+
+    Attributes:
+        field: What differs: `key`, `protocol`, or a field of the layout.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class CircuitOpen(TransferError):
+    """The peer failed too often lately; nothing is tried for a while."""
