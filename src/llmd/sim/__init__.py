@@ -1,1 +1,32 @@
-"""A driver in virtual time: the same cluster, modelled workers."""
+"""A driver in virtual time: the same cluster, modelled workers.
+
+>>> from llmd import EarliestFirstToken
+>>> from llmd.sim import simulate, workloads
+>>> report = simulate(EarliestFirstToken(), workloads.dialogue(requests=100))
+>>> report.completed
+100
+"""
+
+from . import traces, workloads
+from .face import fleet, simulate
+from .report import Report, Slo, WorkerLoad
+from .sequence import EngineSettings
+from .simulator import Crash, Simulator
+from .worker import ModelWorker
+from .workload import Job, Workload
+
+__all__ = [
+    "Crash",
+    "EngineSettings",
+    "Job",
+    "ModelWorker",
+    "Report",
+    "Simulator",
+    "Slo",
+    "WorkerLoad",
+    "Workload",
+    "fleet",
+    "simulate",
+    "traces",
+    "workloads",
+]
