@@ -12,12 +12,16 @@ from .face import fleet, simulate
 from .report import Report, Slo, WorkerLoad
 from .sequence import EngineSettings
 from .simulator import Crash, Simulator
+from .study import Capacity, Comparison, Interval, capacities, capacity, compare
 from .worker import ModelWorker
 from .workload import Job, Workload
 
 __all__ = [
+    "Capacity",
+    "Comparison",
     "Crash",
     "EngineSettings",
+    "Interval",
     "Job",
     "ModelWorker",
     "Report",
@@ -25,6 +29,9 @@ __all__ = [
     "Slo",
     "WorkerLoad",
     "Workload",
+    "capacities",
+    "capacity",
+    "compare",
     "fleet",
     "simulate",
     "traces",

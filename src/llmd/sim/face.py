@@ -12,7 +12,7 @@ from ..cluster import Cluster
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
-from .report import Report
+from .report import Report, Slo
 from .sequence import EngineSettings
 from .simulator import Crash, Simulator
 from .workload import Workload
@@ -60,6 +60,7 @@ def simulate(
     settings: EngineSettings | None = None,
     crashes: Iterable[Crash] = (),
     signals_s: float = 0.0,
+    give_up: Slo | None = None,
     progress: bool = False,
 ) -> Report:
     """Run *policy* on *workload* in virtual time.
@@ -74,6 +75,7 @@ def simulate(
         settings: How each schedules.
         crashes: Workers that die on the way.
         signals_s: Seconds between two reports of each engine; 0 for none.
+        give_up: Stop as soon as this cannot be met any more.
         progress: Show a bar (needs tqdm).
 
     Raises:
@@ -97,12 +99,15 @@ def simulate(
         signals_s=signals_s,
     )
     if not progress:
-        return simulator.run(workload, workers)
+        return simulator.run(workload, workers, give_up=give_up)
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     with tqdm(total=len(workload), unit="request") as bar:
         return simulator.run(
-            workload, workers, progress=lambda done: bar.update(done - bar.n)
+            workload,
+            workers,
+            give_up=give_up,
+            progress=lambda done: bar.update(done - bar.n),
         )
 
 

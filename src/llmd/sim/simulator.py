@@ -18,7 +18,7 @@ from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
 from .links import Links
 from .outcome import Outcome
-from .report import Report
+from .report import Report, Slo
 from .sequence import EngineSettings, Sequence
 from .worker import ModelWorker
 from .workload import Job, Workload
@@ -97,6 +97,8 @@ class Simulator:
     )
     _open: int = attrs.field(default=0, init=False)
     _spawned: int = attrs.field(default=0, init=False)
+    _slo: Slo = attrs.field(factory=Slo, init=False)
+    _misses_left: float = attrs.field(default=math.inf, init=False)
     _progress: Callable[[int], object] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -111,6 +113,7 @@ class Simulator:
         workers: Iterable[Worker],
         *,
         until: float = math.inf,
+        give_up: Slo | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Report:
         """Play *workload* on *workers* and report.
@@ -119,6 +122,7 @@ class Simulator:
             workload: What arrives.
             workers: Who is there at the start.
             until: Stop then; what has not ended counts as unfinished.
+            give_up: Stop as soon as this cannot be met any more.
             progress: Called with the number of requests that ended, often.
 
         Raises:
@@ -127,11 +131,14 @@ class Simulator:
         if self.outcomes or self.engines:
             raise InvalidRequest("a simulator runs once: make another")
         self._progress = progress
+        if give_up is not None:
+            self._slo = give_up
+            self._misses_left = (1.0 - give_up.attainment) * len(workload)
         for worker in workers:
             self._join(worker, State.READY)
         self._schedule(workload)
         heap, feed = self._heap, self._step
-        while heap and heap[0][0] <= until:
+        while heap and heap[0][0] <= until and self._misses_left >= 0:
             at, _, action, argument = heapq.heappop(heap)
             feed(at, action, argument)
         return Report.of(self, workload)
@@ -304,6 +311,8 @@ class Simulator:
                 outcome = self.outcomes[id]
                 outcome.first, outcome.generated = self.now, 1
                 outcome.cached_tokens = event.cached_tokens or 0
+                if self.now - outcome.arrived > self._slo.ttft_s:
+                    self._misses_left -= 1
             case e.TokensGenerated(request_id=id, tokens=tokens):
                 self.outcomes[id].generated += tokens
             case e.PrefillEnded(request_id=id):
