@@ -100,6 +100,13 @@ class ClusterMachine(RuleBasedStateMachine):
             worker = data.draw(st.sampled_from(sorted(self.workers)))
             self.feed(e.WorkerChanged(self.now, worker, state=state))
 
+    @rule(data=st.data(), size=st.sampled_from([16, 64]))
+    def restate(self, data, size):
+        if self.workers:
+            worker = data.draw(st.sampled_from(sorted(self.workers)))
+            facts = llmd.Worker(id=worker, kv_blocks=50, block_tokens=size)
+            self.feed(e.WorkerChanged(self.now, worker, facts=facts))
+
     @rule(data=st.data())
     def first_token(self, data):
         if self.where:
@@ -117,10 +124,7 @@ class ClusterMachine(RuleBasedStateMachine):
     def end(self, data, error):
         if self.where:
             id = self.draw_running(data)
-            if error is None:
-                worker = self.where.pop(id)
-            else:
-                worker = self.where[id]
+            worker = self.where.pop(id) if error is None else self.where[id]
             self.feed(e.RequestEnded(self.now, worker, id, error))
 
     @rule(data=st.data())

@@ -91,13 +91,19 @@ class WorkerJoined(Event):
 
 @attrs.frozen
 class WorkerChanged(Event):
-    """A worker's state, role, models or adapters changed; None: as before."""
+    """A worker's state, role, models or adapters changed; None: as before.
+
+    Attributes:
+        facts: All of it anew, in place of what it said when it joined; given
+            when an engine that joined while starting knows what it can do.
+    """
 
     worker: WorkerId
     state: State | None = None
     role: Role | None = None
     models: frozenset[str] | None = None
     loras: frozenset[str] | None = None
+    facts: Worker | None = None
 
 
 @attrs.frozen

@@ -11,6 +11,8 @@ from .events import SignalsReported
 from .types import State, Worker, WorkerId
 from .view import COLUMNS, Mask, Workers
 
+# Such a worker joined before its engine could say what it serves.
+_UNKNOWN = (State.STARTING, State.LOADING)
 _STATIC = ("kv_blocks", "block_tokens", "max_running", "max_model_tokens")
 
 
@@ -65,10 +67,16 @@ class Fleet:
         facts, states = self.workers.facts, self.workers.states
         self._show(facts[:row] + facts[row + 1 :], states[:row] + states[row + 1 :])
 
-    def change(self, worker: WorkerId, state: State | None, **facts: Any) -> None:
+    def change(
+        self, worker: WorkerId, state: State | None, anew: Worker | None, **facts: Any
+    ) -> None:
         """Change what is known of *worker*; None leaves a fact as it is."""
         row = self._rows[worker]
         known, states = list(self.workers.facts), list(self.workers.states)
+        if anew is not None:
+            known[row], states[row] = anew, anew.state
+            for name in _STATIC:
+                self.columns[name][row] = getattr(anew, name)
         new = {name: value for name, value in facts.items() if value is not None}
         known[row] = attrs.evolve(known[row], **new)
         states[row] = state or states[row]
@@ -100,7 +108,9 @@ class Fleet:
     def longest(self, model: str) -> int | None:
         """Return the most tokens any worker of *model* takes; None of no worker."""
         if model not in self._longest:
-            limits = self.workers.max_model_tokens[self._serves(model, "")]
+            known = [state not in _UNKNOWN for state in self.workers.states]
+            serving = self._serves(model, "") & np.array(known, dtype=np.bool_)
+            limits = self.workers.max_model_tokens[serving]
             if not len(limits):
                 return None
             self._longest[model] = int(limits.max())

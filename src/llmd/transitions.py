@@ -119,16 +119,24 @@ def joined(core: Core, event: e.WorkerJoined) -> list[c.Command]:
 
 
 def changed(core: Core, event: e.WorkerChanged) -> list[c.Command]:
+    facts = event.facts
+    if facts is not None and facts.id != event.worker:
+        raise InvalidEvent(f"{event!r} tells of another worker")
     core.view.advance(event.at)
     if event.worker not in core.fleet:
         return []
     core.fleet.change(
         event.worker,
         event.state,
+        facts,
         role=event.role,
         models=event.models,
         loras=event.loras,
     )
+    if facts is not None:
+        core.index.leave(event.worker, event.at)
+        core.index.join(facts, event.at)
+        core.models |= facts.models
     core.models |= event.models or frozenset()
     return core.refresh()
 

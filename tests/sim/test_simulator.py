@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 import llmd
 from llmd.errors import InvalidRequest, PolicyError
+from llmd.machines import H200
 from llmd.sim import (
     Crash,
     EngineSettings,
@@ -150,7 +151,7 @@ def test_prefill_and_decode_apart_answer_all_and_pay_for_the_link():
     assert first.output_tokens == 0
     # What decodes computes one prompt token for each request.
     assert sum(other.prompt_tokens for other in others) == 60
-    slow = llmd.Machine(load_bytes_per_s=(55e9, 5e9, 1e9))
+    slow = llmd.Machine(hardware=attrs.evolve(H200, network_bytes_per_s=1e9))
     slower = simulate(Split(), load, workers=split_fleet(), machine=slow)
     assert slower.ttft(50) > report.ttft(50) + 0.2
 
@@ -158,7 +159,7 @@ def test_prefill_and_decode_apart_answer_all_and_pay_for_the_link():
 def test_a_lost_prefill_worker_loses_no_request():
     workers = [*split_fleet(), attrs.evolve(fleet(4)[3], role=llmd.Role.PREFILL)]
     load = workloads.documents(rate=4.0, requests=60)
-    slow = llmd.Machine(load_bytes_per_s=(55e9, 5e9, 1e9))
+    slow = llmd.Machine(hardware=attrs.evolve(H200, network_bytes_per_s=1e9))
     report = simulate(
         Split(),
         load,

@@ -11,7 +11,7 @@ from llmd.sim import EngineSettings, ModelWorker
 from llmd.sim.prompts import SegmentPrompt
 from llmd.sim.sequence import Sequence
 
-MACHINE = Machine(step_s=0.01, decode_s_per_request=1e-4)
+MACHINE = Machine(prefill_floor_s=0.02, decode_floor_s=0.01)
 
 
 class Plodding(ModelWorker):

@@ -1,5 +1,8 @@
 """A driver in real time on asyncio: the same cluster, real engines."""
 
 from .engine import Call, Engine, Output, Report
+from .lease import Lease
+from .server import Server
+from .session import Sessions
 
-__all__ = ["Call", "Engine", "Output", "Report"]
+__all__ = ["Call", "Engine", "Lease", "Output", "Report", "Server", "Sessions"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
 
+from ..errors import EngineError
 from ..events import BlocksCleared, BlocksRemoved, BlocksStored, SignalsReported
 from ..types import Request, RequestId, State, Worker, WorkerId
 
@@ -106,3 +107,31 @@ class Engine(abc.ABC):
         Waits forever if it never does; the caller cancels.
         """
         return await asyncio.Future[str]()
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of *text* by the engine's own tokenizer.
+
+        Raises:
+            EngineError: It has none.
+        """
+        raise EngineError(f"{type(self).__name__} has no tokenizer")
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation by the engine's chat template.
+
+        Args:
+            messages: As in the OpenAI API, text only.
+            tools: As in the OpenAI API.
+            template: Further variables of the template.
+
+        Raises:
+            InvalidRequest: The template refuses them.
+            EngineError: The engine has no tokenizer.
+        """
+        raise EngineError(f"{type(self).__name__} has no chat template")

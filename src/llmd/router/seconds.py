@@ -35,7 +35,8 @@ class EarliestFirstToken(TermRouter):
     def terms(self, request: Request, view: View) -> tuple[Term, ...]:
         workers, machine = view.workers, self.machine
         held = view.cached_tokens(request)
-        own_tokens: Floats = np.maximum(request.prompt_tokens - held[:, -1] * 1.0, 1.0)
+        cached_tokens = held[:, -1].astype(np.float64)
+        own_tokens: Floats = np.maximum(request.prompt_tokens - cached_tokens, 1.0)
         queued_tokens = workers.prefill_tokens.astype(np.float64)
         terms = [
             Term(
@@ -48,7 +49,7 @@ class EarliestFirstToken(TermRouter):
                 "own prefill",
                 own_tokens,
                 "tokens",
-                machine.prefill_s(own_tokens, held[:, -1] * 1.0),
+                machine.prefill_s(own_tokens, cached_tokens),
             ),
         ]
         if held[:, -1].any() and (held[:, -1] != held[:, Tier.GPU]).any():

@@ -1,39 +1,8 @@
-"""How long a step takes, and a run of steps that differ in context alone."""
+"""Runs of steps that differ in nothing but the length of contexts."""
 
 from __future__ import annotations
 
 import attrs
-
-from ..machines import Machine
-
-
-def step_s(
-    machine: Machine,
-    chunks: list[tuple[int, int]],
-    decode_requests: int,
-    decode_context_tokens: float,
-) -> float:
-    """Return the seconds of one step of a batch.
-
-    What every step costs is counted once, the rest adds up: prompts are bound
-    by arithmetic and decoding by memory, and both pass the same kernels.
-
-    Args:
-        machine: Whose rates.
-        chunks: (tokens, context before them) of each prompt computed in it.
-        decode_requests: Requests that generate a token in it.
-        decode_context_tokens: Sum of their contexts.
-    """
-    if not chunks:
-        return machine.decode_s(decode_requests, decode_context_tokens)
-    seconds = 0.0
-    for tokens, context in chunks:
-        seconds += machine.prefill_s(float(tokens), float(context))
-    empty = machine.decode_s(0, 0.0)
-    seconds -= (len(chunks) - 1) * empty
-    if decode_requests:
-        seconds += machine.decode_s(decode_requests, decode_context_tokens) - empty
-    return seconds
 
 
 @attrs.define

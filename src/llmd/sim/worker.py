@@ -24,11 +24,11 @@ import attrs
 import numpy as np
 
 from .. import events as e
-from ..machines import Machine
+from ..machines import Machine, merged_context
 from ..types import RequestId, Signals, Worker
 from .cache import BlockCache
 from .sequence import EngineSettings, Sequence
-from .steps import Run, step_s
+from .steps import Run
 
 
 @attrs.define(eq=False)
@@ -153,12 +153,11 @@ class ModelWorker:
                 break
             self._preempt()
         context = self._bases + decoding * (self._steps + 1)
-        first = step_s(self.machine, chunks, decoding, context)
+        first = self._step_s(chunks, context)
         growth = 0.0
         if steps > 1:
             last = [(tokens, done + tokens * (steps - 1)) for tokens, done in chunks]
-            ends = context + decoding * (steps - 1)
-            longest = step_s(self.machine, last, decoding, ends)
+            longest = self._step_s(last, context + decoding * (steps - 1))
             growth = (longest - first) / (steps - 1)
         self._run = Run(now, steps, first, growth)
         # Whoever is left half done came last.
@@ -203,6 +202,14 @@ class ModelWorker:
             return None
         self._free(sequence)
         return self.plan(now) if self._run is None else None
+
+    def _step_s(self, chunks: list[tuple[int, int]], context_tokens: int) -> float:
+        decoding = len(self._decoding)
+        if not chunks:
+            return self.machine.decode_s(decoding, context_tokens)
+        tokens = sum([own for own, _ in chunks])
+        ahead = merged_context(chunks) if len(chunks) > 1 else chunks[0][1]
+        return self.machine.step_s(tokens, ahead, decoding, context_tokens)
 
     def _push(self, sequence: Sequence) -> None:
         rank = sequence.request.priority if self.settings.by_priority else 0

@@ -1,0 +1,276 @@
+"""What comes over the wire, checked; and what goes back, as plain dicts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+from starlette.requests import Request as HttpRequest
+
+from ...errors import (
+    DeadlineExceeded,
+    EngineError,
+    InvalidRequest,
+    LlmdError,
+    Rejected,
+    UnknownModel,
+    WorkerLost,
+)
+
+MAX_CHOICES = 128
+
+_SAMPLING = (
+    "allowed_token_ids",
+    "bad_words",
+    "frequency_penalty",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "logprobs",
+    "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "stop",
+    "stop_token_ids",
+    "temperature",
+    "top_k",
+    "top_logprobs",
+    "top_p",
+)
+
+
+class TooLarge(InvalidRequest):
+    """The body exceeds what the edge reads."""
+
+
+@attrs.frozen(kw_only=True)
+class Ask:
+    """One HTTP call for text, checked.
+
+    Attributes:
+        body: The JSON object as it came.
+        model: Name, perhaps of an adapter; empty if not given.
+        max_new_tokens: Or None if not given.
+        choices: Answers wanted for each prompt.
+        stream: Whether to answer in pieces.
+        include_usage: Whether the last piece tells token counts.
+        sampling: For the engine.
+        tenant: Who to be fair to.
+        session: Conversation, from a header.
+        salt: Cache salt.
+        priority: Smaller runs earlier.
+        timeout: Seconds the client waits, or infinity.
+    """
+
+    body: Mapping[str, Any]
+    model: str
+    max_new_tokens: int | None
+    choices: int
+    stream: bool
+    include_usage: bool
+    sampling: Mapping[str, Any]
+    tenant: str
+    session: str
+    salt: str
+    priority: int
+    timeout: float
+
+
+async def read(http: HttpRequest, limit_bytes: int) -> Mapping[str, Any]:
+    """Return the JSON object of a body.
+
+    Raises:
+        TooLarge: More than *limit_bytes*; the rest is not read.
+        InvalidRequest: Not a JSON object in UTF-8.
+    """
+    body = bytearray()
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise TooLarge(f"the body exceeds {limit_bytes} bytes")
+    try:
+        read = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
+    if not isinstance(read, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    return read
+
+
+def ask(http: HttpRequest, body: Mapping[str, Any], default_tokens: int | None) -> Ask:
+    """Check what every endpoint has in common.
+
+    Raises:
+        InvalidRequest: A value is of the wrong type or out of range.
+    """
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise InvalidRequest("stream_options is not an object")
+    for name in ("echo", "suffix", "best_of"):
+        if body.get(name) and (name != "best_of" or body[name] != 1):
+            raise InvalidRequest(f"{name} is not supported")
+    given = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None))
+    choices = _whole(body, "n", None)
+    choices = 1 if choices is None else choices
+    if not 1 <= choices <= MAX_CHOICES:
+        raise InvalidRequest(f"n is {choices}, must be 1 to {MAX_CHOICES}")
+    return Ask(
+        body=body,
+        model=_text(body, "model"),
+        max_new_tokens=default_tokens if given is None else given,
+        choices=choices,
+        stream=_flag(body, "stream"),
+        include_usage=_flag(options, "include_usage"),
+        sampling={name: body[name] for name in _SAMPLING if body.get(name) is not None},
+        tenant=http.headers.get("x-llmd-tenant") or _text(body, "user"),
+        session=http.headers.get("x-session-id", ""),
+        salt=_text(body, "cache_salt"),
+        priority=_whole(body, "priority", 0) or 0,
+        timeout=_timeout(http),
+    )
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status that says whose fault *error* is."""
+    match error:
+        case TooLarge():
+            return 413
+        case UnknownModel():
+            return 404
+        case InvalidRequest():
+            return 400
+        case Rejected():
+            return 429
+        case DeadlineExceeded():
+            return 504
+        case WorkerLost() | EngineError():
+            return 503
+    return 500
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """Return *error* as OpenAI clients read it."""
+    status = status_of(error)
+    known = isinstance(error, LlmdError)
+    kind = "invalid_request_error" if status < 429 else "server_error"
+    return {
+        "error": {
+            "message": str(error) if known else "internal error",
+            "type": "rate_limit_error" if status == 429 else kind,
+            "param": None,
+            "code": type(error).__name__ if known else "InternalError",
+        }
+    }
+
+
+def retry_after(error: Exception) -> dict[str, str]:
+    """Return the header that says when to try again, if that is known."""
+    if isinstance(error, Rejected):
+        seconds = 1.0 if math.isnan(error.retry_after) else error.retry_after
+        return {"Retry-After": str(max(1, math.ceil(seconds)))}
+    return {"Retry-After": "1"} if status_of(error) == 503 else {}
+
+
+def usage(prompt: int, cached: int, new: int) -> dict[str, Any]:
+    """Return token counts."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def envelope(kind: str, id: str, model: str) -> dict[str, Any]:
+    """Return what every answer and every piece of one begins with."""
+    return {"id": id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def prompts_of(body: Mapping[str, Any]) -> list[str | Sequence[int]]:
+    """Return the prompts of a completion call: texts or lists of token ids.
+
+    Raises:
+        InvalidRequest: Anything else, none, or too many.
+    """
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) or _token_ids(prompt):
+        return [prompt]  # type: ignore[list-item]
+    if not isinstance(prompt, list) or not prompt:
+        raise InvalidRequest("prompt must be text, token ids, or a list of these")
+    if len(prompt) > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompt)} prompts in one call, {MAX_CHOICES} at most"
+        )
+    if not all(isinstance(one, str) or _token_ids(one) for one in prompt):
+        raise InvalidRequest("prompt must be text, token ids, or a list of these")
+    return prompt
+
+
+def messages_of(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the messages of a chat call.
+
+    Raises:
+        InvalidRequest: None, or not a list of objects.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message")
+    if not all(isinstance(message, dict) for message in messages):
+        raise InvalidRequest("a message must be an object")
+    return messages
+
+
+def _token_ids(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(type(token) is int and 0 <= token < 1 << 32 for token in prompt)
+    )
+
+
+def _whole(body: Mapping[str, Any], name: str, default: int | None) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or abs(value) >= 1 << 63:
+        raise InvalidRequest(f"{name} is {value!r}, must be a whole number")
+    return value
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is {value!r}, must be text")
+    return value
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}, must be true or false")
+    return bool(value)
+
+
+def _timeout(http: HttpRequest) -> float:
+    given = http.headers.get("x-request-timeout", "inf")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest(f"x-request-timeout is {given!r}, must be seconds")
+    return seconds
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

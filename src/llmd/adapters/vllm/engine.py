@@ -1,0 +1,303 @@
+"""A vLLM engine of this process: its frontend here, its core in a child process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import EngineError, WorkerLost
+from ...live.engine import Call, Engine, Output, Report
+from ...types import RequestId, State, Worker, WorkerId
+from . import calls, sampling, stats
+from .kv_events import KVEventDecoder
+from .kv_stream import KVEndpoint, KVEventStream
+from .launch import launch, processes, shut_down
+from .reports import Gate, Throttle
+from .tokens import Tokenizer
+
+_PROBE_TOKENS = 512
+_PROBE_TIMEOUT = 120.0
+_WATCH_SECONDS = 0.1
+
+
+class VllmEngine(Engine):
+    """Runs vLLM's `AsyncLLM` on one model.
+
+    Args:
+        model: Directory or hub name.
+        names: Model names it answers to; the last part of *model* if empty.
+        options: Of vLLM's `AsyncEngineArgs`, by name; they override the few
+            that `llmd.adapters.vllm.launch` chooses (on a CPU, those that make
+            it start in seconds).
+        loras: Name -> directory of each LoRA adapter.
+        environment: Variables for the engine's own processes, such as
+            `VLLM_NIXL_SIDE_CHANNEL_PORT`.
+        start_timeout: Seconds to load the model.
+        signals_every: Seconds between two reports of signals, at least.
+
+    Attributes:
+        counters: What the engine itself has counted since it was ready, under
+            the names of vLLM's metrics without `vllm:` and `_total`.
+
+    >>> VllmEngine("models/tiny", options={"max_model_len": 2048}).names
+    ('tiny',)
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        names: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        loras: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 900.0,
+        signals_every: float = 0.05,
+    ) -> None:
+        self.model = str(model)
+        self.names = tuple(names) or (Path(self.model).name,)
+        self.tokenizer: Tokenizer | None = None
+        self.counters: Counter[str] = Counter()
+        self._options = dict(options or {})
+        self._loras = dict(loras or {})
+        self._environment = dict(environment or {})
+        self._start_timeout = start_timeout
+        self._signals_every = signals_every
+        self._llm: Any = None
+        self._cores: list[Any] = []
+        self._scratch = ""
+        self._stream: KVEventStream | None = None
+        self._signals: Throttle | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._death: asyncio.Future[str] | None = None
+        self._stopping = asyncio.Lock()
+        self._running: set[RequestId] = set()
+
+    async def start(
+        self,
+        worker: WorkerId,
+        report: Callable[[Report], None],
+        progress: Callable[[State], None],
+    ) -> Worker:
+        if self._death is not None:
+            raise EngineError(f"engine of {self.model!r} was started before")
+        self._death = asyncio.get_running_loop().create_future()
+        try:
+            progress(State.LOADING)
+            gate = Gate(report)
+            await self._load(worker, gate)
+            progress(State.WARMING)
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                await _warm(self._llm, gate)
+            gate.opened = True
+            self.counters.clear()
+            return self._described(worker)
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, TimeoutError):
+                raise EngineError(f"vLLM did not get {self.model!r} ready") from error
+            raise
+
+    async def generate(self, call: Call) -> AsyncIterator[Output]:
+        llm, request = self._alive(), call.request
+        config = llm.vllm_config
+        ids = calls.prompt_ids(call, config.model_config.max_model_len)
+        salt = {"cache_salt": request.salt} if request.salt else {}
+        ranked = config.scheduler_config.policy == "priority"
+        stream = llm.generate(
+            {"prompt_token_ids": ids, **salt},
+            sampling.to_vllm(call, detokenize=self.tokenizer is not None),
+            request.id,
+            lora_request=calls.lora_request(request.lora, self._loras),
+            priority=request.priority if ranked else 0,
+        )
+        self._running.add(request.id)
+        try:
+            async with contextlib.aclosing(stream):
+                async for piece in stream:
+                    yield calls.output(piece)
+        except Exception as error:
+            raise calls.translated(error, self._death_told()) from error
+        finally:
+            self._running.discard(request.id)
+
+    async def abort(self, request_id: RequestId) -> None:
+        if self._llm is not None and request_id in self._running:
+            await self._llm.abort(request_id)
+
+    async def stop(self) -> None:
+        async with self._stopping:
+            llm, self._llm = self._llm, None
+            if self._watch is not None:
+                self._watch.cancel()
+            if self._signals is not None:
+                self._signals.close()
+            if self._stream is not None:
+                await self._stream.close()
+            if llm is not None:
+                await self._end_streams(llm)
+                await asyncio.to_thread(shut_down, llm, self._cores)
+                del llm
+                # What vLLM asked the loop to close, it closes now.
+                await asyncio.sleep(0)
+            if self._scratch:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def died(self) -> str:
+        if self._death is None:
+            raise EngineError(f"engine of {self.model!r} is not started")
+        return await asyncio.shield(self._death)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        return await asyncio.to_thread(
+            self._tokenizer.chat, messages, tools=tools, template=template
+        )
+
+    async def pause(self) -> None:
+        """Freeze all requests where they are, keeping their KV."""
+        await self._alive().pause_generation(mode="keep", clear_cache=False)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._alive().resume_generation()
+
+    async def _load(self, worker: WorkerId, report: Callable[[Report], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._scratch = tempfile.mkdtemp(prefix="llmd-")
+        endpoint = KVEndpoint(
+            f"ipc://{self._scratch}/events", f"ipc://{self._scratch}/replay"
+        )
+        self._signals = Throttle(worker, report, self._signals_every)
+        options = dict(self._options)
+        if self._loras:
+            options.setdefault("enable_lora", True)
+            options.setdefault("max_loras", len(self._loras))
+        # Handed over in a list: a future or a frame of the thread that keeps the
+        # engine would have it collected at exit, too late for its own clean-up.
+        made: list[Any] = []
+        loading = loop.run_in_executor(
+            None,
+            launch,
+            made,
+            self.model,
+            self.names,
+            options,
+            self._environment,
+            endpoint,
+            stats.listener(self._signals, self.counters),
+        )
+        try:
+            async with asyncio.timeout(self._start_timeout):
+                await asyncio.shield(loading)
+        except BaseException:
+            # The thread cannot be stopped; what it makes is ended when it comes.
+            loading.add_done_callback(functools.partial(_discard, made))
+            raise
+        self._llm = llm = made.pop()
+        self._cores = processes(llm)
+        self._watch = loop.create_task(self._watch_cores(llm), name="llmd-vllm-watch")
+        self._stream = KVEventStream(KVEventDecoder(worker), report, endpoint)
+        self._stream.start()
+        if not llm.vllm_config.model_config.skip_tokenizer_init:
+            self.tokenizer = await Tokenizer.of(llm)
+
+    async def _end_streams(self, llm: Any) -> None:
+        """End what still runs with reason `abort`: vLLM would leave it waiting."""
+        if self._running and not llm.errored:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(1.0):
+                    await llm.abort([*self._running])
+            await asyncio.sleep(0)
+
+    def _death_told(self) -> str | None:
+        if self._death is not None and self._death.done():
+            return self._death.result()
+        return None
+
+    def _described(self, worker: WorkerId) -> Worker:
+        config = self._llm.vllm_config
+        return Worker(
+            id=worker,
+            models=frozenset(self.names),
+            loras=frozenset(self._loras),
+            kv_blocks=config.cache_config.num_gpu_blocks,
+            block_tokens=config.cache_config.block_size,
+            max_model_tokens=config.model_config.max_model_len,
+            max_running=config.scheduler_config.max_num_seqs,
+        )
+
+    def _alive(self) -> Any:
+        if death := self._death_told():
+            raise WorkerLost(death)
+        if self._llm is None:
+            raise EngineError(f"engine of {self.model!r} is not running")
+        return self._llm
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise EngineError(f"engine of {self.model!r} has no tokenizer")
+        return self.tokenizer
+
+    async def _watch_cores(self, llm: Any) -> None:
+        """Note the death of the engine; vLLM has nothing that could be awaited."""
+        while not llm.errored:  # noqa: ASYNC110
+            await asyncio.sleep(_WATCH_SECONDS)
+        codes = [core.exitcode for core in self._cores]
+        if self._death is not None and not self._death.done():
+            self._death.set_result(f"the engine core exited with {codes}")
+
+
+async def _warm(llm: Any, gate: Gate) -> None:
+    """Run what the first requests would otherwise pay for; leave no trace."""
+    config = llm.vllm_config
+    longest = min(
+        _PROBE_TOKENS,
+        config.model_config.max_model_len - 2,
+        config.scheduler_config.max_num_batched_tokens,
+    )
+    await _probe(llm, longest)
+    if config.cache_config.enable_prefix_caching:
+        await llm.reset_prefix_cache()
+        # The engine tells that it dropped the probe only with another step.
+        await _probe(llm, 1)
+        await gate.cleared.wait()
+
+
+async def _probe(llm: Any, tokens: int) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=1,
+        ignore_eos=True,
+        detokenize=False,
+        # What ranks logprobs is compiled on first use, 5-15 s on a CPU, and
+        # every other request would wait for it.
+        logprobs=1,
+    )
+    prompt = {"prompt_token_ids": [7] * tokens}
+    async for _ in llm.generate(prompt, params, f"llmd-probe-{tokens}"):
+        pass
+
+
+def _discard(made: list[Any], loading: asyncio.Future[None]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        llm = made.pop()
+        cores = processes(llm)
+        asyncio.get_running_loop().run_in_executor(None, shut_down, llm, cores)

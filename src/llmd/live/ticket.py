@@ -1,0 +1,93 @@
+"""One request on its way through a server: what its client waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import attrs
+
+from ..decision import Decision
+from ..errors import LlmdError
+from ..types import Request
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """The request was taken off its worker; look at the ticket."""
+
+
+@attrs.define(eq=False)
+class Ticket:
+    """A request that a client waits for, from arrival to end.
+
+    Attributes:
+        request: It.
+        retried: Whether it waits for another worker if it loses its own.
+        decision: Where it runs now; None while it waits.
+        failure: Why it ended, if it did not end well.
+        streamed: Its client has seen part of the answer.
+        ended: Nothing is booked for it any more.
+    """
+
+    request: Request
+    retried: bool = True
+    decision: Decision | None = None
+    failure: LlmdError | None = None
+    streamed: bool = False
+    ended: bool = False
+    _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
+    _scope: asyncio.Timeout | None = attrs.field(default=None, init=False)
+
+    def dispatch(self, decision: Decision) -> None:
+        """Let the client go on to a worker."""
+        self.decision = decision
+        self._changed.set()
+
+    def requeue(self) -> None:
+        """Take the request off its worker; it waits again."""
+        self.decision = None
+        self._changed.clear()
+        self._interrupt()
+
+    def fail(self, error: LlmdError) -> None:
+        """End the request with *error*."""
+        self.failure, self.ended = error, True
+        self._changed.set()
+        self._interrupt()
+
+    async def placed(self) -> Decision:
+        """Wait for a decision.
+
+        Raises:
+            LlmdError: The request failed instead.
+        """
+        while True:
+            await self._changed.wait()
+            if self.failure is not None:
+                raise self.failure
+            if self.decision is not None:
+                return self.decision
+
+    async def during(self, work: Awaitable[T]) -> T:
+        """Await *work* unless the request is taken off its worker meanwhile.
+
+        Raises:
+            Interrupted: It was; *work* is cancelled.
+        """
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._scope = scope
+                return await work
+        except TimeoutError:
+            if scope.expired():
+                raise Interrupted from None
+            raise
+        finally:
+            self._scope = None
+
+    def _interrupt(self) -> None:
+        if self._scope is not None and not self._scope.expired():
+            self._scope.reschedule(0.0)
