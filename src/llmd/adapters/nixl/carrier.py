@@ -56,8 +56,6 @@ class Carrier:
     _abandoned: list[Any] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
-        # NIXL logs every agent at INFO to its own handler.
-        logging.getLogger("nixl").setLevel(logging.WARNING)
         from nixl._api import nixl_agent, nixl_agent_config
 
         slab, endpoint = self.slab, self.endpoint
