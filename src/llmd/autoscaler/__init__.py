@@ -16,6 +16,7 @@ from .interface import Autoscaler
 from .kpa import Kpa
 from .pools import Cheapest, Offer, Pool, Pools
 from .slo import LatencySlo, Load
+from .slowstart import SlowStart
 from .tokens import TokenSupply
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Pools",
     "Rules",
     "Select",
+    "SlowStart",
     "TargetConcurrency",
     "TargetKV",
     "TargetMetric",
