@@ -56,7 +56,7 @@ class Core:
     models: set[str] = attrs.field(factory=set, init=False)
     attempts: dict[RequestId, int] = attrs.field(factory=dict, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
-    asked_workers: int | None = attrs.field(default=None, init=False)
+    asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
@@ -107,14 +107,17 @@ class Core:
         before = self.view.now
         self.view.advance(at)
         try:
-            workers = self.autoscaler.target(self.view)
+            advised = self.autoscaler.recommendations(self.view)
         except Exception as error:
             self.view.advance(before)
             raise policy_error(self.autoscaler, error) from error
-        if workers == self.asked_workers:
-            return []
-        self.asked_workers = workers
-        return [c.Scale(workers)]
+        changed = [
+            advice
+            for advice in advised
+            if self.asked_workers.get(advice.pool) != advice.workers
+        ]
+        self.asked_workers |= {advice.pool: advice.workers for advice in changed}
+        return [c.Scale(advice.workers, advice.pool, advice) for advice in changed]
 
     def dispatch(self, model: str | None = None) -> list[c.Command]:
         """Send on whatever can go, for one model or for all."""
@@ -133,6 +136,7 @@ class Core:
                     continue
                 self.waiting.remove(request.id)
                 self.books.book(request, decision, uncached)
+                self.view.totals.uncached_tokens += uncached
                 self.view.advance(self.view.now)
                 commands.append(c.Dispatch(request, decision))
         return commands
@@ -171,6 +175,7 @@ class Core:
 
     def charge(self, booking: Booking, tokens: int) -> list[c.Command]:
         """Tell the balancer of generated tokens; if it fails, so does the request."""
+        self.view.totals.generated_tokens += tokens
         try:
             self.balancer.generated(booking.request, tokens, self.view)
         except Exception as error:

@@ -39,6 +39,8 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
         return [c.Fail(request, policy_error(core.balancer, error))]
     if not verdict.admitted:
         return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+    core.view.totals.requests += 1
+    core.view.totals.prompt_tokens += request.prompt_tokens
     if request.deadline < math.inf:
         core.deadlines.add((request.deadline, request.id))
     return core.dispatch(request.model)
@@ -95,6 +97,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
     if booking is None:
         return []
     if event.error is None:
+        core.view.totals.ended_requests += 1
         core.release(booking)
         core.gone(booking.request)
         return core.dispatch()

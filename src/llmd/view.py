@@ -21,6 +21,10 @@ Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 
+_READY = frozenset({State.READY})
+_SUPPLY = frozenset({State.STARTING, State.LOADING, State.WARMING, State.READY})
+
+
 @attrs.frozen(eq=False, kw_only=True)
 class Workers:
     """The workers of a cluster in columns, each of shape (W,), in id order.
@@ -60,6 +64,9 @@ class Workers:
     reported_kv_usage: Floats
     reported_at: Floats
     _able: dict[Role, Mask] = attrs.field(factory=dict, init=False, repr=False)
+    _in: dict[frozenset[State], Mask] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,7 +86,19 @@ class Workers:
 
     def ready(self) -> Mask:
         """Say which workers are ready for requests, shape (W,)."""
-        return np.array([state is State.READY for state in self.states], dtype=np.bool_)
+        return self.within(_READY)
+
+    def supply(self) -> Mask:
+        """Say which workers are ready or on their way there, shape (W,)."""
+        return self.within(_SUPPLY)
+
+    def within(self, states: frozenset[State]) -> Mask:
+        """Say which workers are in one of *states*, shape (W,)."""
+        mask = self._in.get(states)
+        if mask is None:
+            within = [state in states for state in self.states]
+            mask = self._in[states] = np.array(within, dtype=np.bool_)
+        return mask
 
     def only(self, rows: Ints) -> Workers:
         """Return copies of the given rows."""
@@ -125,6 +144,26 @@ class Waiting(Protocol):
 
 
 @attrs.define(eq=False)
+class Totals:
+    """What has come and gone since the cluster was made.
+
+    Attributes:
+        requests: That arrived and were admitted.
+        prompt_tokens: Of these.
+        uncached_tokens: Prompt tokens of dispatched requests that had to be
+            computed, each dispatch counted.
+        ended_requests: That were answered in full.
+        generated_tokens: In all answers.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    uncached_tokens: int = 0
+    ended_requests: int = 0
+    generated_tokens: int = 0
+
+
+@attrs.define(eq=False)
 class View:
     """Everything a policy may base a decision on.
 
@@ -133,12 +172,14 @@ class View:
         rng: The only source of randomness a policy may use.
         workers: The fleet, W workers.
         waiting: Requests not yet dispatched.
+        totals: What has come and gone, over all workers.
     """
 
     now: float
     rng: np.random.Generator
     workers: Workers
     waiting: Waiting
+    totals: Totals = attrs.field(factory=Totals, kw_only=True)
     _match: Callable[[Request, Sequence[WorkerId], float], Ints] = attrs.field(
         alias="match"
     )
@@ -158,6 +199,7 @@ class View:
             rng=self.rng,
             workers=self.workers.only(rows),
             waiting=self.waiting,
+            totals=self.totals,
             match=self._match,
             whole=self,
             rows=rows,
