@@ -48,10 +48,6 @@ class State(enum.Enum):
     SLEEPING = "sleeping"
 
 
-def _prompt(tokens: Prompt | Sequence[int] | bytes) -> Prompt:
-    return Prompt.of(tokens)
-
-
 def _names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
@@ -90,7 +86,7 @@ class Request:
     """
 
     id: RequestId
-    prompt: Prompt = attrs.field(converter=_prompt)
+    prompt: Prompt = attrs.field(converter=Prompt.of)
     arrived_at: float = 0.0
     max_new_tokens: int | None = None
     model: str = ""
