@@ -3,5 +3,6 @@
 from .engine import Call, Engine, Output, Report
 from .lease import Lease
 from .server import Server
+from .session import Sessions
 
-__all__ = ["Call", "Engine", "Lease", "Output", "Report", "Server"]
+__all__ = ["Call", "Engine", "Lease", "Output", "Report", "Server", "Sessions"]
