@@ -48,6 +48,10 @@ class State(enum.Enum):
     SLEEPING = "sleeping"
 
 
+def _prompt(tokens: Prompt | Sequence[int] | bytes) -> Prompt:
+    return Prompt.of(tokens)
+
+
 def _names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
@@ -86,7 +90,7 @@ class Request:
     """
 
     id: RequestId
-    prompt: Prompt = attrs.field(converter=Prompt.of)
+    prompt: Prompt = attrs.field(converter=_prompt)
     arrived_at: float = 0.0
     max_new_tokens: int | None = None
     model: str = ""

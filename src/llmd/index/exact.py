@@ -131,6 +131,7 @@ class ExactIndex(PrefixIndex):
         if hope is not None:
             hope.until = at + self.grace
             self._expiring.append(hope)
+        self._expire(at)  # here rather than in the path of an arrival
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""

@@ -27,7 +27,16 @@ class Rows:
 
     workers: Sequence[WorkerId]
     _row_of_bit: dict[int, int]
+    _row_of_place: NDArray[np.intp] = attrs.field(init=False)
+    _known: int = attrs.field(default=0, init=False)
     _picks: dict[int, int | NDArray[np.intp]] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        places = max(self._row_of_bit, default=0).bit_length()
+        self._row_of_place = np.zeros(places, dtype=np.intp)
+        for bit, row in self._row_of_bit.items():
+            self._row_of_place[bit.bit_length() - 1] = row
+            self._known |= bit
 
     def depths(self, found: list[tuple[int, int]], scale: int) -> Ints:
         """Turn (bits, depth) pairs into depth * scale by row, shape (W,)."""
@@ -41,19 +50,19 @@ class Rows:
         return depths
 
     def _pick(self, mask: int) -> int | NDArray[np.intp]:
-        rows = []
-        left = mask
-        while left:
-            low = left & -left
-            left ^= low
-            row = self._row_of_bit.get(low)
-            if row is not None:
-                rows.append(row)
-        pick = rows[0] if len(rows) == 1 else np.array(rows, dtype=np.intp)
+        row = self._row_of_bit.get(mask)
+        pick = self._rows_of(mask) if row is None else row
         if len(self._picks) >= _PICKS_KEPT:
             self._picks.clear()
         self._picks[mask] = pick
         return pick
+
+    def _rows_of(self, mask: int) -> NDArray[np.intp]:
+        mask &= self._known
+        size = (mask.bit_length() + 7) // 8
+        raw = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
+        places = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
+        return self._row_of_place[places]
 
 
 @attrs.define(eq=False)
@@ -109,5 +118,5 @@ def columns(depths: Ints) -> Ints:
     Nothing is copied, so the result is read-only.
     """
     held: Ints = np.ndarray((len(depths), _TIERS), _INT64, depths, 0, (8, 0))
-    held.setflags(False)
+    held.setflags(write=False)
     return held
