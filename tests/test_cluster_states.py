@@ -150,6 +150,8 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule()
     def late(self):
         for worker, id in self.gone:
+            if self.where.get(id) == worker:
+                continue
             self.feed(e.FirstToken(self.now, worker, id))
             self.feed(e.RequestEnded(self.now, worker, id))
 

@@ -80,3 +80,12 @@ class WorkerLost(LlmdError):
 
 class EngineError(LlmdError):
     """An engine refused a call or failed to start."""
+
+
+def policy_error(policy: object, error: Exception) -> LlmdError:
+    """Return what a failing policy costs the request it was asked about."""
+    if isinstance(error, PolicyError):
+        return error
+    wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
