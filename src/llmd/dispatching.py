@@ -84,19 +84,18 @@ def _refresh(core: Core) -> list[c.Command]:
 
 def _place(core: Core, request: Request) -> Decision | None:
     """Ask the policies where *request* may and should go now."""
-    view = core.view
     able = core.fleet.serving(request.model, request.lora)
+    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+    view = core.view.only(able & (core.view.workers.max_model_tokens >= tokens))
     room = np.asarray(core.balancer.room(request, view))
-    if room.shape != able.shape or room.dtype != np.bool_:
+    if room.shape != (len(view.workers),) or room.dtype != np.bool_:
         raise PolicyError(
             f"{core.balancer!r} gave room {room.dtype}{room.shape} for"
-            f" {len(able)} workers"
+            f" {len(view.workers)} workers"
         )
-    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-    able = able & room & (view.workers.max_model_tokens >= tokens)
-    if not able.any():
+    if not room.any():
         return None
-    return core.router.route(request, view.only(able))
+    return core.router.route(request, view.only(room))
 
 
 def _shed(core: Core, request: Request) -> tuple[Decision | None, list[c.Command]]:

@@ -134,14 +134,15 @@ class QueueBalancer(Listener, abc.ABC):
         """Say whether *request* may wait here at all."""
         return ADMIT
 
-    def share(self, request: Request) -> float:
+    def share(self, request: Request, view: View) -> float:
         """Return what part of a worker's room it may fill, in (0, 1]."""
         return 1.0
 
     def room(self, request: Request, view: View) -> Mask:
         """Say which workers may take *request* now, shape (W,).
 
-        Asked only of the request next in its lane; none true holds the lane.
+        Asked only of the request next in its lane, with the workers ready to
+        serve it in *view*; none true holds the lane.
         The default keeps the engines' own queues empty, where order binds no
         more: a worker takes as many requests as it batches at once.
         """
