@@ -125,7 +125,10 @@ async def kv_scoring(model):
         and decision.costs.argmin() == decision.candidates.index(decision.decode)
     )
     best = -decision.costs.min()
-    return passed, f"{decision.decode} at {best:.3f}, KV usage {usage.round(4).tolist()}"
+    return (
+        passed,
+        f"{decision.decode} at {best:.3f}, KV usage {usage.round(4).tolist()}",
+    )
 
 
 async def several_models(model):

@@ -56,6 +56,14 @@ class PolicyError(LlmdError, ValueError):
     """A policy broke its contract: a NaN, a wrong shape or an exception."""
 
 
+class InvalidPolicy(LlmdError, ValueError):
+    """A policy was built with values that make no sense."""
+
+
+class NoSignal(LlmdError):
+    """What a policy measures cannot be told now; it keeps what it decided."""
+
+
 class Rejected(LlmdError):
     """The balancer refused the request.
 
@@ -80,6 +88,42 @@ class WorkerLost(LlmdError):
 
 class EngineError(LlmdError):
     """An engine refused a call or failed to start."""
+
+
+class InvalidHardware(LlmdError, ValueError):
+    """A hardware profile, a model's shape or a probe cannot be right."""
+
+
+class UnknownHardware(LlmdError, LookupError):
+    """What the driver says of a device matches no profile."""
+
+
+class DoesNotFit(LlmdError, ValueError):
+    """Engines wanted on one GPU need more memory than it has."""
+
+
+class InvalidSlice(LlmdError, ValueError):
+    """A time slice was set up wrongly: a name, a weight or a quantum."""
+
+
+class TransferError(LlmdError):
+    """KV blocks could not be moved; the prompt can always be computed again."""
+
+
+class HandshakeRefused(TransferError, ValueError):
+    """Two transports must not exchange blocks.
+
+    Attributes:
+        field: What differs: `key`, `protocol`, or a field of the layout.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class CircuitOpen(TransferError):
+    """The peer failed too often lately; nothing is tried for a while."""
 
 
 def policy_error(policy: object, error: Exception) -> LlmdError:

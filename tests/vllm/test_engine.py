@@ -2,13 +2,19 @@ import asyncio
 
 import numpy as np
 import pytest
+from tests.vllm.conftest import (
+    BLOCK_TOKENS,
+    GREEDY,
+    prompt,
+    request,
+    text_of,
+    tokens_of,
+)
 
 from llmd.errors import InvalidRequest, PromptTooLong, UnknownAdapter
 from llmd.events import BlocksCleared, BlocksStored, SignalsReported
 from llmd.live.engine import Call
 from llmd.types import State
-
-from .conftest import BLOCK_TOKENS, GREEDY, prompt, request, text_of, tokens_of
 
 
 def stored(reports):
@@ -205,7 +211,7 @@ async def test_pause_freezes_and_resume_goes_on(one):
 
     async def read_on():
         async for piece in stream:
-            pieces.append(piece)
+            pieces.append(piece)  # noqa: PERF401
 
     await one.engine.pause()
     reading = asyncio.create_task(read_on())

@@ -19,12 +19,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...errors import EngineError
-from ...types import Signals
 from .kv_stream import KVEndpoint
 
 _CPU_OPTIONS: Mapping[str, Any] = {
@@ -40,32 +38,31 @@ _starting = threading.Lock()
 
 
 def launch(
+    made: list[Any],
     model: str,
     names: tuple[str, ...],
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    signals: Callable[[Signals], None],
-    counters: Counter[str],
-) -> Any:
-    """Return a started `AsyncLLM`; blocks for seconds, so call it in a thread.
+    listener: Callable[..., Any],
+) -> None:
+    """Start an `AsyncLLM`; blocks for seconds, so call it in a thread.
 
     Args:
+        made: Takes the engine.
         model: Directory or hub name.
         names: It is served as; the first one is vLLM's.
         options: Of `AsyncEngineArgs`; they override what is chosen here.
         environment: Set while it starts, for its processes to inherit.
         events: Where it shall publish KV events.
-        signals: Called on the event loop after each step.
-        counters: Counted up after each step, under the names of `count`.
+        listener: Stat logger factory, called by vLLM.
 
     Raises:
         EngineError: It did not start.
     """
     with _starting:
         try:
-            listener = _listener(signals, counters)
-            return _launch(model, names, options, environment, events, listener)
+            made.append(_launch(model, names, options, environment, events, listener))
         except Exception as error:
             raise EngineError(f"vLLM did not start {model!r}: {error}") from error
 
@@ -114,56 +111,6 @@ def _launch(
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[listener], disable_log_stats=True
             )
-
-
-def _listener(
-    signals: Callable[[Signals], None], counters: Counter[str]
-) -> Callable[..., Any]:
-    """Return what vLLM calls a stat logger factory."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Listener(StatLoggerBase):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(
-            self,
-            scheduler_stats: Any = None,
-            iteration_stats: Any = None,
-            *_args: Any,
-            **_kwargs: Any,
-        ) -> None:
-            count(counters, scheduler_stats, iteration_stats)
-            if scheduler_stats is not None:
-                signals(
-                    Signals(
-                        waiting_requests=scheduler_stats.num_waiting_reqs
-                        + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0),
-                        running_requests=scheduler_stats.num_running_reqs,
-                        kv_usage=scheduler_stats.kv_cache_usage,
-                    )
-                )
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return Listener
-
-
-def count(counters: Counter[str], scheduler: Any, iteration: Any) -> None:
-    """Add one step of an engine's own statistics, under its metrics' names."""
-    if scheduler is not None:
-        counters["prefix_cache_queries"] += scheduler.prefix_cache_stats.queries
-        counters["prefix_cache_hits"] += scheduler.prefix_cache_stats.hits
-        external = getattr(scheduler, "connector_prefix_cache_stats", None)
-        if external is not None:
-            counters["external_prefix_cache_queries"] += external.queries
-            counters["external_prefix_cache_hits"] += external.hits
-    if iteration is not None:
-        counters["prompt_tokens"] += iteration.num_prompt_tokens
-        counters["generation_tokens"] += iteration.num_generation_tokens
-        counters["num_preemptions"] += iteration.num_preempted_reqs
-        counters["request_success"] += len(iteration.finished_requests)
 
 
 def processes(llm: Any) -> list[Any]:

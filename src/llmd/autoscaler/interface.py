@@ -8,8 +8,8 @@ from collections import deque
 
 import attrs
 
-from .errors import PolicyError
-from .view import View
+from ..errors import PolicyError
+from ..view import View
 
 
 @attrs.define(kw_only=True)

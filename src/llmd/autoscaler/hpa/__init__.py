@@ -1,0 +1,35 @@
+"""The HorizontalPodAutoscaler of Kubernetes, v2, with no Kubernetes needed."""
+
+from .calculator import Tolerance
+from .controller import History, HpaSpec
+from .metrics import (
+    AverageValue,
+    External,
+    Metric,
+    Object,
+    Pods,
+    Resource,
+    Utilization,
+    Value,
+)
+from .pods import Phase, Pod, Sample, Scene
+from .quantity import milli
+
+__all__ = [
+    "AverageValue",
+    "External",
+    "History",
+    "HpaSpec",
+    "Metric",
+    "Object",
+    "Phase",
+    "Pod",
+    "Pods",
+    "Resource",
+    "Sample",
+    "Scene",
+    "Tolerance",
+    "Utilization",
+    "Value",
+    "milli",
+]

@@ -1,0 +1,215 @@
+"""How long a step takes: the time model of one model on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import attrs
+
+from ..types import Tier
+from ..view import Floats
+from .detect import Answers, detect
+from .hardware import H200, Hardware
+from .shape import QWEN25_7B, Shape
+
+Amount = TypeVar("Amount", float, Floats)
+
+
+@attrs.frozen(kw_only=True)
+class Efficiency:
+    """Which part of a GPU's published peaks an engine reaches.
+
+    The defaults are what the fits of Llama 3.1 8B and Qwen3 8B on an H200 give
+    (vLLM 0.24 kernels); `benchmarks/machines.py` prints them.
+
+    Attributes:
+        compute: Of the bf16 peak, in matrix products.
+        attention: Of the bf16 peak, in attention over a prompt.
+        memory: Of the memory bandwidth, in reading the KV cache.
+        weights: Of the memory bandwidth, in reading weights.
+        layer_s: Seconds a layer takes beside that, however little there is to do.
+        request_s: Seconds one request adds to a step: sampling and such.
+        knee: As of `Machine`.
+    """
+
+    compute: float = 0.68
+    attention: float = 0.68
+    memory: float = 0.92
+    weights: float = 0.86
+    layer_s: float = 45e-6
+    request_s: float = 4e-6
+    knee: float = 2.0
+
+
+@attrs.frozen(kw_only=True)
+class Machine:
+    """Step times of one model on one machine, in a closed form.
+
+        products   = norm(floor, prefill_s_per_token * tokens of the step)
+        step       = products + attention + requests + context read
+
+    A step reads all weights, which sets a floor, and computes with them, which
+    is proportional to its tokens; norm, (a**knee + b**knee) ** (1 / knee), is
+    how the one passes into the other.  A step with part of a prompt in it has
+    a floor of its own, since engines often run it without CUDA graphs.
+
+    The default is the shape of Qwen2.5 7B in bf16 on one H200, vLLM 0.26, CUDA
+    graphs for decode only, fitted to `llmd.machines.measured`.
+
+    Attributes:
+        name: Of the profile.
+        prefill_floor_s: Of a step with part of a prompt, however small.
+        decode_floor_s: Of a step without.
+        knee: How sharply the floor ends: 1 adds, infinity takes the larger.
+        prefill_s_per_token: Of one token in the matrix products.
+        attention_s_per_token2: Of one prompt token looking at one before it.
+        prefix_s_per_token: Of each cached token ahead of a prompt's part:
+            block tables and hashes, on the CPU.
+        decode_s_per_request: Of one more request in the batch, its token in
+            the matrix products not counted.
+        decode_s_per_context_token: Of reading one more token of context.
+        kv_bytes_per_token: KV of one token, all layers.
+        weights_bytes: Of the model.
+        hardware: What it runs on.
+
+    >>> machine = Machine()
+    >>> 0.04 < machine.prefill_s(2048) < 0.06
+    True
+    >>> machine.step_s(2048, 0, 64, 64_000) > machine.decode_s(64, 64_000)
+    True
+    """
+
+    name: str = "h200/qwen2.5-7b"
+    prefill_floor_s: float = 18.38e-3
+    decode_floor_s: float = 4.83e-3
+    knee: float = 2.5
+    prefill_s_per_token: float = 20.69e-6
+    attention_s_per_token2: float = 0.7895e-9
+    prefix_s_per_token: float = 0.6119e-6
+    decode_s_per_request: float = 5.047e-6
+    decode_s_per_context_token: float = 11.97e-9
+    kv_bytes_per_token: float = QWEN25_7B.kv_bytes_per_token
+    weights_bytes: float = QWEN25_7B.weights_bytes
+    hardware: Hardware = H200
+
+    @classmethod
+    def of(
+        cls, hardware: Hardware, shape: Shape, efficiency: Efficiency | None = None
+    ) -> Machine:
+        """Predict step times from published peaks, where nothing was measured."""
+        part = efficiency or Efficiency()
+        flops = hardware.bf16_flops_per_s
+        read = (shape.layer_weights + shape.head_weights) * shape.weight_bytes
+        floor = (
+            read / (hardware.memory_bytes_per_s * part.weights)
+            + shape.layers * part.layer_s
+        )
+        kv_rate = hardware.memory_bytes_per_s * part.memory
+        return cls(
+            name=f"{hardware.name}/{shape.name}",
+            prefill_floor_s=floor,
+            decode_floor_s=floor,
+            knee=part.knee,
+            prefill_s_per_token=2 * shape.layer_weights / (flops * part.compute),
+            attention_s_per_token2=shape.attention_flops / (flops * part.attention),
+            prefix_s_per_token=0.0,
+            decode_s_per_request=part.request_s,
+            decode_s_per_context_token=shape.kv_bytes_per_token / kv_rate,
+            kv_bytes_per_token=shape.kv_bytes_per_token,
+            weights_bytes=shape.weights_bytes,
+            hardware=hardware,
+        )
+
+    @classmethod
+    def detect(cls, answers: Answers, shape: Shape = QWEN25_7B) -> Machine:
+        """Predict step times of a device that NVML describes.
+
+        `llmd.adapters.nvml.read` gets the answers.
+
+        Raises:
+            UnknownHardware: No profile fits them.
+        """
+        return cls.of(detect(answers).hardware, shape)
+
+    def prefill_s(self, tokens: Amount, context: Amount | float = 0.0) -> Amount:
+        """Return the seconds to compute *tokens* behind *context* cached ones."""
+        products = self.prefill_s_per_token * tokens
+        floor, knee = self.prefill_floor_s, self.knee
+        attended = tokens * (context + tokens * 0.5)
+        return (
+            _norm(products, floor, knee)
+            + attended * self.attention_s_per_token2
+            + context * self.prefix_s_per_token
+        )
+
+    def decode_s(self, requests: float, context_tokens: float) -> float:
+        """Return the seconds of one decode step over a batch."""
+        return self.step_s(0, 0, requests, context_tokens)
+
+    def step_s(
+        self,
+        prefill_tokens: float,
+        prefill_context: float,
+        decode_requests: float,
+        context_tokens: float,
+    ) -> float:
+        """Return the seconds of one step of a batch.
+
+        Args:
+            prefill_tokens: Prompt tokens computed in it.
+            prefill_context: Tokens ahead of them; see `merged_context` for
+                parts of several prompts.
+            decode_requests: Requests that get one more token each.
+            context_tokens: Prompt and output tokens of these requests so far.
+        """
+        floor = self.prefill_floor_s if prefill_tokens else self.decode_floor_s
+        products = self.prefill_s_per_token * (prefill_tokens + decode_requests)
+        attended = prefill_tokens * (prefill_context + prefill_tokens / 2)
+        return (
+            _norm(products, floor, self.knee)
+            + attended * self.attention_s_per_token2
+            + max(prefill_context, 0.0) * self.prefix_s_per_token
+            + decode_requests * self.decode_s_per_request
+            + context_tokens * self.decode_s_per_context_token
+        )
+
+    @property
+    def load_bytes_per_s(self) -> tuple[float, float, float]:
+        """Rates from CPU memory, disk and a remote worker into the GPU."""
+        hardware = self.hardware
+        return (
+            hardware.host.in_bytes_per_s,
+            hardware.disk_bytes_per_s,
+            hardware.network_bytes_per_s,
+        )
+
+    def load_s_per_token(self, tier: Tier) -> float:
+        """Return the seconds to bring one token's KV from *tier* to the GPU."""
+        if tier is Tier.GPU:
+            return 0.0
+        return self.kv_bytes_per_token / self.load_bytes_per_s[tier - 1]
+
+
+def _norm(amount: Amount, floor: float, knee: float) -> Amount:
+    joined: Amount = (amount**knee + floor**knee) ** (1 / knee)
+    return joined
+
+
+def merged_context(parts: Iterable[tuple[float, float]]) -> float:
+    """Return the one context that costs what several prompts' contexts do.
+
+    Args:
+        parts: (tokens, context) of each prompt in the step.
+
+    The result may be negative: two short prompts look at less than one long.
+
+    >>> merged_context([(100, 0), (100, 0)])
+    -50.0
+    """
+    pairs = list(parts)
+    tokens = sum(pair[0] for pair in pairs)
+    if not tokens:
+        return 0.0
+    attended = sum(own * (context + own / 2) for own, context in pairs)
+    return attended / tokens - tokens / 2

@@ -1,0 +1,102 @@
+"""Fitted machines predict steps they were not fitted to."""
+
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+
+from llmd.errors import InvalidHardware
+from llmd.machines import H200, Machine, Step, errors, fit_from_probe, merged_context
+from llmd.machines.fit import PARAMETERS
+from llmd.machines.measured import h200_qwen25_7b, read_aic
+from llmd.machines.shape import LLAMA31_8B, QWEN3_06B, QWEN3_8B
+
+DATA = Path(__file__).parents[1] / "data"
+TABLE = DATA / "aic_h200_vllm0240_small_models.csv.gz"
+SHAPES = {
+    "meta-llama/Meta-Llama-3.1-8B": LLAMA31_8B,
+    "Qwen/Qwen3-0.6B": QWEN3_06B,
+    "Qwen/Qwen3-8B": QWEN3_8B,
+}
+
+
+def held_out(steps):
+    """Split off a third, drawn by a fixed seed."""
+    drawn = np.random.default_rng(1).random(len(steps)) < 1 / 3
+    kept = [step for step, out in zip(steps, drawn, strict=True) if not out]
+    return kept, [step for step, out in zip(steps, drawn, strict=True) if out]
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_held_out_steps_of_a_table(model):
+    steps = read_aic(TABLE)[model]
+    assert len(steps) == 228
+    kept, out = held_out(steps)
+    found = errors(fit_from_probe(kept, Machine.of(H200, SHAPES[model])), out)
+    assert found.median <= 0.05, found
+    assert found.p90 <= 0.15, found
+
+
+def test_the_default_is_the_fit_of_the_measured_h200():
+    fitted, default = fit_from_probe(h200_qwen25_7b()), Machine()
+    for name in (*PARAMETERS, "knee"):
+        assert getattr(default, name) == pytest.approx(getattr(fitted, name), rel=1e-3)
+
+
+def test_held_out_steps_of_the_measured_h200():
+    steps = h200_qwen25_7b()
+    # Inner points: a fit is asked within what it has seen.
+    inner = [2, 4, 6, 10, 12, 14, 17, 19]
+    kept = [step for row, step in enumerate(steps) if row not in inner]
+    found = errors(fit_from_probe(kept), [steps[row] for row in inner])
+    assert found.median <= 0.05, found
+    assert found.p90 <= 0.15, found
+
+
+def test_a_fit_finds_the_machine_that_made_the_probe():
+    made = attrs.evolve(Machine.of(H200, LLAMA31_8B), prefix_s_per_token=1e-7)
+    sizes = [
+        *((tokens, ahead, 0, 0) for tokens in (16, 256, 2048) for ahead in (0, 9000)),
+        *((0, 0, n, n * c) for n in (1, 16, 256) for c in (100, 4000)),
+        *((512, 100, n, n * 500) for n in (4, 64)),
+    ]
+    steps = [Step(*size, made.step_s(*size)) for size in sizes]
+    fitted = fit_from_probe(steps)
+    assert errors(fitted, steps).worst < 0.001
+    assert fitted.step_s(1000, 50, 30, 9000) == pytest.approx(
+        made.step_s(1000, 50, 30, 9000), rel=0.01
+    )
+
+
+def test_what_a_probe_cannot_tell_stays():
+    prompts = [Step(tokens, 0, 0, 0, tokens * 1e-4) for tokens in (100, 1000, 9000)]
+    fitted = fit_from_probe(prompts)
+    assert fitted.decode_floor_s == pytest.approx(Machine().decode_floor_s)
+    assert fitted.prefill_s(1000.0) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [[], [Step(1, 0, 0, 0, 0.0)]])
+def test_a_bad_probe_is_refused(steps):
+    with pytest.raises(InvalidHardware):
+        fit_from_probe(steps)
+
+
+def test_prefill_and_decode_are_steps():
+    machine = Machine()
+    assert machine.prefill_s(700.0, 300.0) == pytest.approx(
+        machine.step_s(700, 300, 0, 0)
+    )
+    assert machine.decode_s(8, 900) == machine.step_s(0, 0, 8, 900)
+    many = machine.prefill_s(np.array([1.0, 700.0]), np.array([0.0, 300.0]))
+    assert many[1] == pytest.approx(machine.prefill_s(700.0, 300.0))
+
+
+def test_prompts_of_one_step_look_at_their_own_tokens_only():
+    machine = attrs.evolve(Machine(), prefix_s_per_token=0.0)
+    one, two = machine.prefill_s(1000.0), machine.prefill_s(2000.0)
+    both = machine.step_s(2000, merged_context([(1000, 0), (1000, 0)]), 0, 0)
+    attention = machine.attention_s_per_token2
+    assert both == pytest.approx(two - 1000 * 1000 * attention)
+    assert both < 2 * one
+    assert merged_context([]) == 0.0
