@@ -16,7 +16,6 @@ from .interface import Autoscaler
 from .kpa import Kpa
 from .pools import Cheapest, Offer, Pool, Pools
 from .slo import LatencySlo, Load
-from .slowstart import SlowStart
 from .tokens import TokenSupply
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "Pools",
     "Rules",
     "Select",
-    "SlowStart",
     "TargetConcurrency",
     "TargetKV",
     "TargetMetric",
