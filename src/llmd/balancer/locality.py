@@ -172,7 +172,7 @@ class D2lpm(Dlpm):
         had = self._had.get(self.tenant(request))
         if not had or not room.any():
             return room
-        # A worker that is new starts level with the one that had least.
+        # A worker that joined since is level with the one that had least.
         least = min(had.values())
         ids = view.workers.ids
         rounds = np.array([had.get(id, least) for id in ids]) // self.worker_quantum
@@ -198,7 +198,7 @@ class D2lpm(Dlpm):
             # Whom the ledger has forgotten is forgotten here too.
             if len(self._had) > 2 * len(self.ledger):
                 self._had = {t: h for t, h in self._had.items() if t in self.ledger}
-            had = self._had[tenant] = {}
+            had = self._had[tenant] = dict.fromkeys(view.workers.ids, 0.0)
         if worker not in had:
             if len(had) > 2 * len(view.workers):
                 for gone in had.keys() - set(view.workers.ids):
