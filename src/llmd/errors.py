@@ -124,3 +124,7 @@ class HandshakeRefused(TransferError, ValueError):
 
 class CircuitOpen(TransferError):
     """The peer failed too often lately; nothing is tried for a while."""
+
+
+class NoWay(TransferError):
+    """There is no way for KV between two workers; the message says why."""
