@@ -126,6 +126,10 @@ class CircuitOpen(TransferError):
     """The peer failed too often lately; nothing is tried for a while."""
 
 
+class NoWay(TransferError):
+    """There is no way for KV between two workers; the message says why."""
+
+
 def policy_error(policy: object, error: Exception) -> LlmdError:
     """Return what a failing policy costs the request it was asked about."""
     if isinstance(error, PolicyError):

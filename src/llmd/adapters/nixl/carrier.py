@@ -204,8 +204,10 @@ class Carrier:
         return True
 
     def _drop(self, peer: PeerId) -> None:
-        """Cut a peer off.  A write in flight cannot be called back, so its
-        handle is kept as long as the agent rather than released under it.
+        """Cut a peer off.
+
+        A write in flight cannot be called back, so its handle is kept as long
+        as the agent rather than released under it.
         """
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
             self._abandoned.append(self._flying.pop(token)[1])
