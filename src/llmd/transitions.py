@@ -182,6 +182,8 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
 def stored(core: Core, event: e.BlocksStored) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
+        if event.window_tokens:
+            core.index.window(event.worker, event.window_tokens, event.at)
         core.index.store(
             event.worker, event.hashes, event.block_tokens, event.tier, event.at
         )
@@ -198,7 +200,8 @@ def removed(core: Core, event: e.BlocksRemoved) -> list[c.Command]:
 def cleared(core: Core, event: e.BlocksCleared) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
-        core.index.forget(event.worker, event.reason, event.at)
+        drop = core.index.doubt if event.unknown else core.index.forget
+        drop(event.worker, event.reason, event.at)
     return []
 
 

@@ -8,6 +8,7 @@ and the depth of every worker is found by bisection.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
@@ -89,6 +90,10 @@ class Holders:
     def get(self, name: int) -> int:
         """Return who holds *name*."""
         return self._masks.get(name, 0) & ~self._dead
+
+    def find(self, name: int, default: int) -> int:
+        """Return who holds *name*, as `dict.get` does."""
+        return self._masks.get(name, default) & ~self._dead
 
     def items(self) -> Iterator[tuple[int, int]]:
         """Yield each name with who holds it."""
@@ -177,6 +182,12 @@ class Holders:
             return mask
 
         return find
+
+    def trim(self, blocks: int) -> None:
+        """Drop the oldest names until *blocks* are left, O(all of them)."""
+        names = [*itertools.islice(self._masks, len(self._masks) - blocks)]
+        for name in names:
+            del self._masks[name]
 
     def sweep(self, steps: int) -> None:
         """Take dead bits out of up to *steps* sets."""
