@@ -10,6 +10,7 @@ A request is in exactly one place: waiting, booked, or gone.
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import attrs
@@ -33,7 +34,7 @@ from .errors import (
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
 from .router import EarliestFirstToken, Router
-from .types import Request, RequestId
+from .types import Request, RequestId, WorkerId
 from .view import View
 from .waiting import WaitingRequests
 
@@ -57,6 +58,7 @@ class Core:
     attempts: dict[RequestId, int] = attrs.field(factory=dict, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
     asked_workers: int | None = attrs.field(default=None, init=False)
+    faults: deque[LlmdError] = attrs.field(factory=lambda: deque(maxlen=16), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
@@ -214,6 +216,13 @@ class Core:
         self.attempts.pop(request.id, None)
         if request.deadline < math.inf:
             self.deadlines.discard((request.deadline, request.id))
+
+    def judge(self, booking: Booking, worker: WorkerId, error: str | None) -> None:
+        """Tell the router how a dispatch ended; what it raises blames no request."""
+        try:
+            self.router.ended(booking.request, worker, error, self.view)
+        except Exception as failure:
+            self.faults.append(policy_error(self.router, failure))
 
     def refresh(self) -> list[c.Command]:
         """Show policies the changed fleet and see what it makes possible."""

@@ -94,6 +94,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None:
         return []
+    core.judge(booking, event.worker, event.error)
     if event.error is None:
         core.release(booking)
         core.gone(booking.request)
@@ -156,6 +157,7 @@ def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
             for worker in booking.workers
             if worker != event.worker
         ]
+        core.judge(booking, event.worker, "the worker was lost")
         error = WorkerLost(f"worker {event.worker!r} was lost")
         commands.append(core.retry(booking, error))
     core.books.close(event.worker)

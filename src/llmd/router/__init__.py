@@ -1,8 +1,12 @@
 """Which worker: the `Router` interface and its policies."""
 
 from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
-from .interface import Router, TermRouter
+from .breaker import CircuitBreaker
+from .chance import Explore, Softmax
+from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
+from .interface import Around, Router, TermRouter
 from .seconds import EarliestFirstToken
+from .shadow import Agreement, Shadow
 from .simple import (
     LeastLoaded,
     LeastWork,
@@ -13,11 +17,17 @@ from .simple import (
 )
 
 __all__ = [
+    "Agreement",
+    "Around",
     "Blend",
+    "CircuitBreaker",
     "EarliestFirstToken",
+    "Explore",
+    "KVBarrier",
     "KVHeadroom",
     "LeastLoaded",
     "LeastWork",
+    "LoadGate",
     "PowerOfTwo",
     "PrefixOverlap",
     "QueueDepth",
@@ -26,5 +36,10 @@ __all__ = [
     "Router",
     "Score",
     "SessionAffinity",
+    "Shadow",
+    "Softmax",
+    "SpreadCold",
+    "Stale",
+    "Surcharge",
     "TermRouter",
 ]
