@@ -102,7 +102,7 @@ class Pair:
                 source = rng.permutation(blocks)[:count].tolist()
                 self.pipe.send((id, rng.permutation(blocks)[:count].tolist()))
                 assert self.receive() == "asked"
-                time.sleep(3e-3)
+                time.sleep(5e-4)  # the early fetch gets there; both ends are awake
                 begun = time.monotonic()
                 mine.offer(Offer(id=id, blocks=source, ready=not layer_s))
                 for layer in range(layout.layers if layer_s else 0):

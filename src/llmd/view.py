@@ -14,13 +14,17 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import Request, Role, State, Worker, WorkerId
+from .types import Request, RequestId, Role, State, Worker, WorkerId
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
 _DERIVED_KEPT = 64
+
+
+_READY = frozenset({State.READY})
+_SUPPLY = frozenset({State.STARTING, State.LOADING, State.WARMING, State.READY})
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -94,7 +98,15 @@ class Workers:
 
     def ready(self) -> Mask:
         """Say which workers are ready for requests, shape (W,)."""
-        return np.array([state is State.READY for state in self.states], dtype=np.bool_)
+        return self.within(_READY)
+
+    def supply(self) -> Mask:
+        """Say which workers are ready or on their way there, shape (W,)."""
+        return self.within(_SUPPLY)
+
+    def within(self, states: frozenset[State]) -> Mask:
+        """Say which workers are in one of *states*, shape (W,)."""
+        return self.derived(states, _within)
 
     def only(self, rows: Ints) -> Workers:
         """Return the given rows, each column copied when it is first read.
@@ -110,6 +122,10 @@ class Workers:
 
 def _able(workers: Workers, role: Role) -> Mask:
     return np.array([role in worker.role for worker in workers.facts], dtype=np.bool_)
+
+
+def _within(workers: Workers, states: frozenset[State]) -> Mask:
+    return np.array([state in states for state in workers.states], dtype=np.bool_)
 
 
 class _Part(Workers):
@@ -159,7 +175,7 @@ class Waiting(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Request]:
-        """Yield the requests, next first within each model."""
+        """Yield the requests, in order within each flow."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -167,6 +183,29 @@ class Waiting(Protocol):
 
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
+
+    def since(self, id: RequestId) -> float | None:
+        """Return when a waiting request arrived; None if it does not wait."""
+
+
+@attrs.define(eq=False)
+class Totals:
+    """What has come and gone since the cluster was made.
+
+    Attributes:
+        requests: That arrived and were admitted.
+        prompt_tokens: Of these.
+        uncached_tokens: Prompt tokens of dispatched requests that had to be
+            computed, each dispatch counted.
+        ended_requests: That were answered in full.
+        generated_tokens: In all answers.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    uncached_tokens: int = 0
+    ended_requests: int = 0
+    generated_tokens: int = 0
 
 
 @attrs.define(eq=False)
@@ -178,12 +217,14 @@ class View:
         rng: The only source of randomness a policy may use.
         workers: The fleet, W workers.
         waiting: Requests not yet dispatched.
+        totals: What has come and gone, over all workers.
     """
 
     now: float
     rng: np.random.Generator
     workers: Workers
     waiting: Waiting
+    totals: Totals = attrs.field(factory=Totals, kw_only=True)
     _match: Callable[[Request, Sequence[WorkerId], float], Ints] = attrs.field(
         alias="match"
     )
@@ -203,6 +244,7 @@ class View:
             rng=self.rng,
             workers=self.workers.only(rows),
             waiting=self.waiting,
+            totals=self.totals,
             match=self._match,
             whole=self,
             rows=rows,

@@ -4,6 +4,7 @@ from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
 from .breaker import CircuitBreaker
 from .chance import Explore, Softmax
 from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
+from .disaggregated import Disaggregated, UniformLink
 from .interface import Around, Router, TermRouter
 from .seconds import EarliestFirstToken
 from .shadow import Agreement, Shadow
@@ -21,6 +22,7 @@ __all__ = [
     "Around",
     "Blend",
     "CircuitBreaker",
+    "Disaggregated",
     "EarliestFirstToken",
     "Explore",
     "KVBarrier",
@@ -42,4 +44,5 @@ __all__ = [
     "Stale",
     "Surcharge",
     "TermRouter",
+    "UniformLink",
 ]

@@ -150,6 +150,7 @@ class Sources:
     offers: dict[TransferId, Outgoing] = attrs.field(factory=dict)
     flying: dict[int, Outgoing] = attrs.field(factory=dict)
     _early: dict[TransferId, tuple[PeerId, Frame, float]] = attrs.field(factory=dict)
+    _aborted: dict[TransferId, None] = attrs.field(factory=dict)
     _tokens: count[int] = attrs.field(factory=count)
 
     def offer(self, offer: Offer, now: float) -> None:
@@ -171,7 +172,8 @@ class Sources:
         outgoing = self.offers.get(frame.id)
         left_s = int(frame.text or b"0") / 1e3
         if outgoing is None:
-            if frame.layer and len(self._early) < self.settings.early_asks:
+            full = len(self._early) >= self.settings.early_asks
+            if frame.layer and not full and frame.id not in self._aborted:
                 self._early[frame.id] = (peer, frame, now + left_s)
             else:
                 self._refuse(peer, frame.id, "not offered, or lapsed")
@@ -199,6 +201,10 @@ class Sources:
     def abort(self, peer: PeerId, frame: Frame, now: float) -> None:
         """Stop for a peer; it hears FAIL when nothing is in flight."""
         self._early.pop(frame.id, None)
+        # An ASK that this ABORT overtook must not be served any more.
+        self._aborted[frame.id] = None
+        if len(self._aborted) > self.settings.early_asks:
+            del self._aborted[next(iter(self._aborted))]
         outgoing = self.offers.get(frame.id)
         if outgoing is None or outgoing.peer not in (None, peer):
             self._refuse(peer, frame.id, "nothing is in flight")

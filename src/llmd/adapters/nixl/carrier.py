@@ -56,8 +56,6 @@ class Carrier:
     _abandoned: list[Any] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
-        # NIXL logs every agent at INFO to its own handler.
-        logging.getLogger("nixl").setLevel(logging.WARNING)
         from nixl._api import nixl_agent, nixl_agent_config
 
         slab, endpoint = self.slab, self.endpoint
@@ -206,8 +204,10 @@ class Carrier:
         return True
 
     def _drop(self, peer: PeerId) -> None:
-        """Cut a peer off.  A write in flight cannot be called back, so its
-        handle is kept as long as the agent rather than released under it.
+        """Cut a peer off.
+
+        A write in flight cannot be called back, so its handle is kept as long
+        as the agent rather than released under it.
         """
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
             self._abandoned.append(self._flying.pop(token)[1])

@@ -162,7 +162,8 @@ class NixlTransport(KVTransport):
 
         def answering() -> None:
             try:
-                answer.set_result(act())
+                act()
+                answer.set_result(None)
             except Exception as error:
                 answer.set_exception(error)
 
