@@ -59,6 +59,14 @@ class TestHopes:
         index.expect("a", request("r"), 0.0)
         index.settle("a", request("r"), 0, 5.0)
         assert held(index, request("s"), at=5.9) == 256
+        assert held(index, request("s"), at=7.0) == 0
+
+    def test_any_other_event_ends_it_on_time(self):
+        index = llmd.ExactIndex(grace=1.0)
+        index.join(worker(), 0.0)
+        index.expect("a", request("r"), 0.0)
+        index.settle("a", request("r"), 0, 5.0)
+        index.settle("a", request("other"), 0, 6.0)
         assert held(index, request("s"), at=6.0) == 0
 
     def test_a_newer_hope_for_the_same_prefix_outlives_the_older(self):

@@ -12,7 +12,7 @@ from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
 from . import windows
 from .heard import Heard, ago, of_the_worker
-from .holders import Holders
+from .holders import Holders, LoggedHolders
 from .hopes import Hopes, steps
 from .interface import PrefixIndex
 from .seats import Rows, Seats, columns
@@ -23,8 +23,8 @@ class ExactIndex(PrefixIndex):
     """Follows every store and remove event of every engine.
 
     From the dispatch of a request until *grace* seconds after its first token
-    its blocks count as stored, since their event is still to come; to be quick
-    about it, only by whole steps of 128 tokens.
+    (twice as long if nothing else happens) its blocks count as stored, since
+    their event is still to come; to be quick, by whole steps of 128 tokens only.
 
     Match takes O(distinct depths * log blocks) after hashing, and O(blocks) for
     each worker with sliding windows.  Memory is about 100 bytes a block, however
@@ -51,8 +51,8 @@ class ExactIndex(PrefixIndex):
     _block_tokens: dict[WorkerId, int] = attrs.field(factory=dict, init=False)
     _sizes: dict[int, int] = attrs.field(factory=dict, init=False)
     _windows: dict[int, int] = attrs.field(factory=dict, init=False)
-    _tiers: tuple[Holders, ...] = attrs.field(
-        factory=lambda: tuple(Holders() for _ in Tier), init=False
+    _tiers: tuple[LoggedHolders, ...] = attrs.field(
+        factory=lambda: tuple(LoggedHolders() for _ in Tier), init=False
     )
     _tiered: bool = attrs.field(default=False, init=False)
     _hopes: Hopes = attrs.field(factory=Hopes, init=False)
@@ -64,7 +64,8 @@ class ExactIndex(PrefixIndex):
         self._heard.of(worker.id).facts = worker
 
     def match(self, request: Request, workers: Sequence[WorkerId], at: float) -> Ints:
-        self._hopes.expire(at)
+        # Others' calls end hopes; an arrival pays only for what they left over.
+        self._hopes.expire(at - self.grace)
         rows = self._seats.rows(workers)
         sizes = [*self._sizes.items()]
         if not sizes:
@@ -128,6 +129,19 @@ class ExactIndex(PrefixIndex):
         """Return the tokens of a block of *worker*, 16 if it is not known."""
         return self._block_tokens.get(worker, 16)
 
+    @property
+    def swept(self) -> bool:
+        """Nothing of a worker that was dropped is left in memory."""
+        return not self._busy()
+
+    def sweep(self, blocks: int) -> None:
+        """Look at up to *blocks* blocks of each tier for what was dropped.
+
+        Storing does so by and by; a driver that idles may hurry it.
+        """
+        for store in self._tiers:
+            store.sweep(blocks)
+
     def seated(self) -> Iterator[tuple[WorkerId, int, int]]:
         """Yield each worker with the tokens of its blocks and its bit."""
         for worker, block_tokens in self._block_tokens.items():
@@ -135,7 +149,7 @@ class ExactIndex(PrefixIndex):
 
     def held(self, bit: int, tier: Tier) -> list[int]:
         """Return the names that the worker *bit* holds in *tier*."""
-        return [name for name, mask in self._tiers[tier].items() if mask & bit]
+        return [*self._tiers[tier].names(bit)]
 
     def diagnose(self, request: Request, worker: WorkerId, at: float) -> list[str]:
         bit = self._seats.bit(worker)
@@ -232,7 +246,7 @@ class ExactIndex(PrefixIndex):
                 continue
             other = attrs.evolve(request, salt=salt, lora=lora)
             name = int(other.hashes(self._size_of(bit))[block])
-            if self._tiers[Tier.GPU].get(name) & bit:
+            if self._tiers[Tier.GPU].find(name, 0) & bit:
                 differs = []
                 if salt != request.salt:
                     differs.append(f"under the salt {salt!r}, not {request.salt!r}")
@@ -265,7 +279,7 @@ class ExactIndex(PrefixIndex):
 
     def _busy(self) -> int:
         """Bits that no newcomer may have: their blocks are not swept yet."""
-        busy = self._hopes.holders.dead
+        busy = 0
         for store in self._tiers:
             busy |= store.dead
         return busy

@@ -114,7 +114,7 @@ class GuessedIndex(PrefixIndex):
             return  # restored from a dump before it joined
         if known is not None:
             self.leave(worker.id, at)
-        bit = self._seats.take(worker.id, self._holders.dead)
+        bit = self._seats.take(worker.id)
         stride = max(self.grain_tokens // worker.block_tokens, 1)
         capacity = max(worker.kv_blocks // stride, 1)
         self._caches[worker.id] = _Cache(bit, worker.block_tokens, stride, capacity)

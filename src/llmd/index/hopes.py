@@ -66,8 +66,7 @@ class Hopes:
 
     def clear(self, bit: int) -> None:
         """End all hopes for the worker *bit*."""
-        self.holders.clear(bit)
-        self._names.pop(bit, None)
+        self.holders.discard(bit, self._names.pop(bit, ()))
         self._open = {key: hope for key, hope in self._open.items() if hope.bit != bit}
 
     def check(self, known: int) -> None:
@@ -75,8 +74,8 @@ class Hopes:
         self.holders.check(known)
         for bit, names in self._names.items():
             assert bit & known, "a stranger is hoped for"
-            get = self.holders.get
-            assert all(get(name) & bit for name in names), "a hope does not count"
+            find = self.holders.find
+            assert all(find(name, 0) & bit for name in names), "a hope does not count"
 
 
 def steps(request: Request, block_tokens: int) -> tuple[int, Hashes]:

@@ -3,8 +3,8 @@
 from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
 from .breaker import CircuitBreaker
 from .chance import Explore, Softmax
-from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
 from .disaggregated import Disaggregated, UniformLink
+from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
 from .interface import Around, Router, TermRouter
 from .seconds import EarliestFirstToken
 from .shadow import Agreement, Shadow
