@@ -96,7 +96,7 @@ class ExactIndex(PrefixIndex):
 
     def remove(self, worker: WorkerId, hashes: Hashes, tier: Tier, at: float) -> None:
         names = hashes.tolist()
-        self._tiers[tier].discard(self._seats.bit(worker), names)
+        self._tiers[tier].drop(self._seats.bit(worker), names)
         self._heard.of(worker).last = at
         if tier is Tier.GPU:
             self._heard.removed(worker, names, at)

@@ -39,25 +39,28 @@ class Holders:
     def __len__(self) -> int:
         return len(self._masks)
 
-    def add(self, bit: int, names: Sequence[int]) -> None:
-        """Let the worker *bit* hold *names*, O(names).
+    def add(self, bit: int, names: Sequence[int]) -> Sequence[int]:
+        """Let the worker *bit* hold *names*, O(names); return what is new to it.
 
         Names that nobody holds yet go in at the speed of C.
         """
         masks = self._masks
         if names and names[0] not in masks and masks.keys().isdisjoint(names):
             masks.update(dict.fromkeys(names, bit))
-            return
-        shared = self._shared
+            return names
+        shared, new = self._shared, []
         for name in names:
             old = masks.get(name)
             if old is None:
                 masks[name] = bit
+                new.append(name)
             elif not old & bit:
                 mask = old | bit
                 masks[name] = shared.setdefault(mask, mask)
+                new.append(name)
         if len(shared) > _INTERNED:
             shared.clear()
+        return new
 
     def discard(self, bit: int, names: Iterable[int]) -> None:
         """Let *bit* hold *names* no more; unknown names are ignored."""
@@ -162,13 +165,13 @@ class Holders:
 class LoggedHolders(Holders):
     """Holders that can drop a worker: a log says what each has been given.
 
-    The log takes 8 to 16 bytes a block and worker.  A worker is dropped at
+    The log takes 8 to 24 bytes a block and worker.  A worker is dropped at
     once, by its bit being `dead`; what it held is swept up behind it, in time
     proportional to that, by the calls that store.
     """
 
     _logs: dict[int, array[int]] = attrs.field(factory=dict, init=False)
-    _bounds: dict[int, int] = attrs.field(factory=dict, init=False)
+    _gone: dict[int, int] = attrs.field(factory=dict, init=False)
     _dead: int = attrs.field(default=0, init=False)
     _unswept: deque[tuple[int, Iterator[int]]] = attrs.field(factory=deque, init=False)
 
@@ -177,17 +180,25 @@ class LoggedHolders(Holders):
         """Bits that were cleared but not yet swept from every set."""
         return self._dead
 
-    def add(self, bit: int, names: Sequence[int]) -> None:
-        Holders.add(self, bit, names)
+    def add(self, bit: int, names: Sequence[int]) -> Sequence[int]:
+        new = Holders.add(self, bit, names)
         log = self._logs.get(bit)
         if log is None:
             log = self._logs[bit] = array("Q")
-            self._bounds[bit] = _LOG_SPARE
-        log.extend(names)
-        if len(log) > self._bounds[bit]:
-            self._compact(bit)
+        log.extend(new)
         if self._dead:
             self.sweep(_SWEEP * len(names))
+        return new
+
+    def drop(self, bit: int, names: Sequence[int]) -> None:
+        """Let *bit* hold *names* no more, and its log shrink now and then."""
+        self.discard(bit, names)
+        log = self._logs.get(bit)
+        if log is not None:
+            gone = self._gone[bit] = self._gone.get(bit, 0) + len(names)
+            if gone > len(log) // 2 + _LOG_SPARE:
+                self._logs[bit] = array("Q", self.names(bit))
+                self._gone[bit] = 0
 
     def names(self, bit: int) -> Iterator[int]:
         """Yield what the worker *bit* holds, oldest first."""
@@ -202,6 +213,7 @@ class LoggedHolders(Holders):
         *bit* must not be used again before it leaves `dead`.
         """
         log = self._logs.pop(bit, None)
+        self._gone.pop(bit, None)
         if log:
             self._dead |= bit
             self._unswept.append((bit, iter(log)))
@@ -222,7 +234,3 @@ class LoggedHolders(Holders):
         for bit in self._logs:
             held = {name for name, mask in self._masks.items() if mask & bit}
             assert held == {*self.names(bit)}, "the log has forgotten a block"
-
-    def _compact(self, bit: int) -> None:
-        log = self._logs[bit] = array("Q", self.names(bit))
-        self._bounds[bit] = 2 * len(log) + _LOG_SPARE
