@@ -35,7 +35,7 @@ from .errors import (
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
 from .router import EarliestFirstToken, Router
-from .types import Request, RequestId
+from .types import Request, RequestId, WorkerId
 from .view import View
 from .waiting import LaneName, WaitingRequests
 
@@ -201,6 +201,13 @@ class Core:
         """Forget a request that is in no place any more."""
         if request.deadline < math.inf:
             self.deadlines.discard((request.deadline, request.id))
+
+    def judge(self, booking: Booking, worker: WorkerId, error: str | None) -> None:
+        """Tell the router how a dispatch ended; what it raises blames no request."""
+        try:
+            self.router.ended(booking.request, worker, error, self.view)
+        except Exception as failure:
+            self.waiting.faults.append(policy_error(self.router, failure))
 
     def refresh(self) -> list[c.Command]:
         """Show policies the changed fleet and see what it makes possible."""

@@ -48,6 +48,10 @@ class BlockSizeMismatch(LlmdError, ValueError):
     """Prefix hashes of one block size were asked for at another."""
 
 
+class InvalidSnapshot(LlmdError, ValueError):
+    """A dumped index is damaged, of another version or under another key."""
+
+
 class InvalidEvent(LlmdError, ValueError):
     """A cluster cannot accept the event; it changed nothing."""
 

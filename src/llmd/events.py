@@ -136,12 +136,16 @@ class BlocksStored(Event):
     Attributes:
         hashes: Names of the prefixes, shape (n,), as `Request.hashes` gives.
         block_tokens: Tokens a block, by the engine's own word.
+        window_tokens: These blocks are read by sliding-window layers alone,
+            which look back this far; 0 if a block counts only behind all
+            before it.
     """
 
     worker: WorkerId
     hashes: Hashes
     block_tokens: int
     tier: Tier = Tier.GPU
+    window_tokens: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -159,10 +163,13 @@ class BlocksCleared(Event):
 
     Attributes:
         reason: In words, for diagnosis; empty if the engine asked for it.
+        unknown: The cache is not empty; events were missed, so that what was
+            told before says nothing any more.
     """
 
     worker: WorkerId
     reason: str = ""
+    unknown: bool = False
 
 
 @attrs.frozen

@@ -95,6 +95,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None:
         return []
+    core.judge(booking, event.worker, event.error)
     if event.error is None:
         core.view.totals.ended_requests += 1
         core.release(booking)
@@ -158,6 +159,7 @@ def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
             for worker in booking.workers
             if worker != event.worker
         ]
+        core.judge(booking, event.worker, "the worker was lost")
         error = WorkerLost(f"worker {event.worker!r} was lost")
         commands.append(core.retry(booking, error))
     core.books.close(event.worker)
@@ -184,6 +186,8 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
 def stored(core: Core, event: e.BlocksStored) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
+        if event.window_tokens:
+            core.index.window(event.worker, event.window_tokens, event.at)
         core.index.store(
             event.worker, event.hashes, event.block_tokens, event.tier, event.at
         )
@@ -200,7 +204,8 @@ def removed(core: Core, event: e.BlocksRemoved) -> list[c.Command]:
 def cleared(core: Core, event: e.BlocksCleared) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
-        core.index.forget(event.worker, event.reason, event.at)
+        drop = core.index.doubt if event.unknown else core.index.forget
+        drop(event.worker, event.reason, event.at)
     return []
 
 
