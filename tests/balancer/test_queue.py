@@ -180,7 +180,7 @@ def test_ten_thousand_random_cancels_leak_nothing(shop):
         for id in sim.waiting + list(sim.where):
             sim.cancel(id)
 
-    cycle(200)
+    cycle(1_000)
     policies = (balancer.order, *balancer.gates, *balancer.rooms)
     before = sizes(policies)
     cycle(10_000)
