@@ -106,9 +106,8 @@ class WaitingRequests:
         casualties: list[Casualty] = []
         for id in self._to_move(view):
             casualties += self._refile(id, view)
-        if self.balancer.restless:
-            for flow in self.balancer.restless:
-                self.touch(flow)
+        for flow in self.balancer.restless:
+            self.touch(flow)
         while self._touched:
             flow = next(iter(self._touched))
             del self._touched[flow]

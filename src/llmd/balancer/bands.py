@@ -127,10 +127,22 @@ class Bands(QueueBalancer):
     )
     every: int = 8
     _since_overdue: int = attrs.field(default=0, init=False)
+    _restless: tuple[Hashable, ...] = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        below = [
+            (number, flow)
+            for number, band in enumerate(self.of)
+            for flow in band.order.restless
+        ]
+        self._restless = (OVERDUE, *below)
 
     def index(self, request: Request) -> int:
         """Return the number of a request's band; beyond the ends, the nearest."""
-        return min(max(self.band(request), 0), len(self.of) - 1)
+        number = self.band(request)
+        if 0 <= number < len(self.of):
+            return number
+        return 0 if number < 0 else len(self.of) - 1
 
     def key(self, request: Request, view: View) -> Any:
         return self._order(request).key(request, view)
@@ -157,21 +169,17 @@ class Bands(QueueBalancer):
     @property
     def restless(self) -> Collection[Hashable]:
         """The flow of overdue requests, whose turn the others' dispatches bring."""
-        below = [
-            (number, flow)
-            for number, band in enumerate(self.of)
-            for flow in band.order.restless
-        ]
-        return (OVERDUE, *below)
+        return self._restless
 
     def moved(self, view: View) -> Iterable[RequestId]:
         return [id for band in self.of for id in band.order.moved(view)]
 
     def admit(self, request: Request, view: View) -> Verdict:
-        check = self.of[self.index(request)].check(request)
+        band = self.of[self.index(request)]
+        check = band.check(request)
         if check is not None:
             return Verdict.of([check])
-        return self._order(request).admit(request, view)
+        return band.order.admit(request, view)
 
     def share(self, request: Request, view: View) -> float:
         band = self.of[self.index(request)]
@@ -199,12 +207,14 @@ class Bands(QueueBalancer):
         self._order(request).admitted(request, view)
 
     def queued(self, request: Request, view: View) -> None:
-        self.of[self.index(request)].count(request, 1)
-        self._order(request).queued(request, view)
+        band = self.of[self.index(request)]
+        band.count(request, 1)
+        band.order.queued(request, view)
 
     def unqueued(self, request: Request, view: View) -> None:
-        self.of[self.index(request)].count(request, -1)
-        self._order(request).unqueued(request, view)
+        band = self.of[self.index(request)]
+        band.count(request, -1)
+        band.order.unqueued(request, view)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         band = self.of[self.index(booking.request)]
