@@ -20,9 +20,11 @@ from llmd import events as e
 from llmd.autoscaler import (
     Autoscaler,
     Forecast,
+    HoltWinters,
     Kpa,
     Largest,
     LatencySlo,
+    Quantile,
     TargetConcurrency,
 )
 from llmd.autoscaler.hpa import AverageValue, External, Hpa, HpaSpec, Pods
@@ -119,16 +121,22 @@ def policies(cold: float, start: int):
         ),
     )
     latency = {"machine": SLOW, "ttft": SLO.ttft_s, "itl": SLO.tpot_s}
-    ahead = {"rate_per_worker": 0.9, "cold_start": cold + 30.0, "spread": 1.0}
+    bursty = LatencySlo(**latency, headroom=1.0, max_workers=MOST)
+    steady = LatencySlo(**latency, backlog=False, max_workers=MOST)
+    recurring = Quantile(policy=bursty, part=0.96, window=900.0)
+    ahead = Forecast(
+        rate_per_worker=1.1,
+        cold_start=cold + 60.0,
+        step=30.0,
+        spread=0.0,
+        series=HoltWinters(level=0.2, trend=0.1),
+    )
     patient = {**bounds, "patience": 300.0 + cold}
     return {
         "HPA queue depth": Hpa(spec=queue),
         "KPA": Kpa(requests_per_worker=REQUESTS_AT_ONCE / 2, **bounds),
-        "SLO": LatencySlo(**latency, **patient),
-        "SLO + forecast": Largest(
-            policies=(LatencySlo(**latency, max_workers=MOST), Forecast(**ahead)),
-            **patient,
-        ),
+        "SLO": Largest(policies=(steady, recurring), **patient),
+        "SLO + forecast": Largest(policies=(steady, recurring, ahead), **patient),
     }
 
 

@@ -15,6 +15,7 @@ from .forecast import Forecast, HoltWinters
 from .interface import Autoscaler
 from .kpa import Kpa
 from .pools import Cheapest, Offer, Pool, Pools
+from .quantile import Quantile
 from .slo import LatencySlo, Load
 from .slowstart import SlowStart
 from .tokens import TokenSupply
@@ -35,6 +36,7 @@ __all__ = [
     "Percent",
     "Pool",
     "Pools",
+    "Quantile",
     "Rules",
     "Select",
     "SlowStart",
