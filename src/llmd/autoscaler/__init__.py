@@ -15,6 +15,7 @@ from .forecast import Forecast, HoltWinters
 from .interface import Autoscaler
 from .kpa import Kpa
 from .pools import Cheapest, Offer, Pool, Pools
+from .quantile import Quantile
 from .slo import LatencySlo, Load
 from .tokens import TokenSupply
 
@@ -34,6 +35,7 @@ __all__ = [
     "Percent",
     "Pool",
     "Pools",
+    "Quantile",
     "Rules",
     "Select",
     "TargetConcurrency",

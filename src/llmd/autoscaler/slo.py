@@ -56,6 +56,8 @@ class LatencySlo(Autoscaler):
         most: Share of a worker's time that prompts may take.
         headroom: Part of both latencies that is aimed at: the mean must stay
             under the promise for its tail to keep it.
+        backlog: Whether prompts that wait now count.  New workers help with
+            them only if they start faster than the others get through them.
 
     >>> slo = LatencySlo(machine=Machine(), ttft=0.5, itl=0.02, max_workers=64)
     >>> slo.fewest(Load(400, 800_000, 0, 60_000, 2000))
@@ -68,6 +70,7 @@ class LatencySlo(Autoscaler):
     window: float = attrs.field(default=60.0, validator=_positive)
     most: float = attrs.field(default=0.8, validator=_positive)
     headroom: float = attrs.field(default=0.7, validator=_positive)
+    backlog: bool = True
     _uncached: Meter = attrs.field(init=False)
     _arrived: Meter = attrs.field(init=False)
 
@@ -135,8 +138,8 @@ class LatencySlo(Autoscaler):
         busy = load.prefill_rate / workers * each
         if busy >= self.most:
             return math.inf, math.inf
-        backlog = load.backlog_tokens / workers * machine.prefill_s_per_token
-        queued = max(backlog, own * busy / (2 * (1 - busy)))
+        waits = load.backlog_tokens / workers * machine.prefill_s_per_token
+        queued = max(waits if self.backlog else 0.0, own * busy / (2 * (1 - busy)))
         return own / (1 - busy) + queued + step, step / (1 - busy)
 
     def _kept(self, load: Load, workers: int) -> bool:
