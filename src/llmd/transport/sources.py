@@ -202,15 +202,20 @@ class Sources:
         """Stop for a peer; it hears FAIL when nothing is in flight."""
         self._early.pop(frame.id, None)
         # An ASK that this ABORT overtook must not be served any more.
-        self._aborted[frame.id] = None
-        if len(self._aborted) > self.settings.early_asks:
-            del self._aborted[next(iter(self._aborted))]
+        self._bury(frame.id)
         outgoing = self.offers.get(frame.id)
         if outgoing is None or outgoing.peer not in (None, peer):
             self._refuse(peer, frame.id, "nothing is in flight")
             return
         outgoing.peer = peer
         self.fail(outgoing, frame.text.decode(errors="replace"), now)
+
+    def never(self, id: TransferId, reason: str) -> None:
+        """Refuse whoever asked early, or will ask, for what is not to come."""
+        self._bury(id)
+        early = self._early.pop(id, None)
+        if early is not None:
+            self._refuse(early[0], id, reason)
 
     def fail(self, outgoing: Outgoing, reason: str, now: float) -> None:
         """Give an offer up."""
@@ -285,6 +290,11 @@ class Sources:
             outgoing.error,
             outgoing.retransmitted_blocks,
         )
+
+    def _bury(self, id: TransferId) -> None:
+        self._aborted[id] = None
+        if len(self._aborted) > self.settings.early_asks:
+            del self._aborted[next(iter(self._aborted))]
 
     def _refuse(self, peer: PeerId, id: TransferId, reason: str) -> None:
         self.outbox.send(peer, about(Kind.FAIL, id, reason))

@@ -1,0 +1,208 @@
+"""A slab that KV passes through on its way in or out of an engine's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from ...errors import TransferError
+from ...transport.frames import Words
+from ...transport.interface import Layout
+from ...transport.outbox import Blocks
+from ..nixl.slab import Slab, xxh3
+
+
+@attrs.define(eq=False)
+class Slots:
+    """Which slots of a slab are free; prefers runs, which are written at once.
+
+    >>> slots = Slots(6)
+    >>> slots.take(4), slots.take(3)
+    ([0, 1, 2, 3], None)
+    >>> slots.give([1, 2])
+    >>> slots.take(3)
+    [1, 2, 4]
+    """
+
+    count: int
+    _free: Any = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._free = np.ones(self.count, dtype=np.bool_)
+
+    @property
+    def free(self) -> int:
+        """How many are free."""
+        return int(self._free.sum())
+
+    def take(self, wanted: int) -> list[int] | None:
+        """Return *wanted* slots, or None if there are not as many."""
+        if wanted == 0:
+            return []
+        free = np.flatnonzero(self._free)
+        if len(free) < wanted:
+            return None
+        starts = free[: len(free) - wanted + 1]
+        whole = np.flatnonzero(free[wanted - 1 :] - starts == wanted - 1)
+        first = int(whole[0]) if len(whole) else 0
+        taken = free[first : first + wanted]
+        self._free[taken] = False
+        return [int(slot) for slot in taken]
+
+    def give(self, slots: Sequence[int]) -> None:
+        """Take slots back."""
+        self._free[list(slots)] = True
+
+
+class Staging:
+    """Gathers blocks of an engine's caches into a slab and scatters them out.
+
+    On a GPU both are kernels on the engine's own stream, so they are in order
+    with its steps.
+    """
+
+    def __init__(
+        self, caches: Mapping[str, Any], vllm_config: Any, staging_bytes: int
+    ) -> None:
+        """Make the slab.
+
+        Args:
+            caches: The engine's cache of each layer, by name.
+            vllm_config: Of the engine.
+            staging_bytes: Of the slab, at most.
+
+        Raises:
+            TransferError: The layers differ, or have no axis of blocks.
+        """
+        blocks = vllm_config.cache_config.num_gpu_blocks
+        self._layers = [
+            _by_block(name, cache, blocks) for name, cache in caches.items()
+        ]
+        first = self._layers[0]
+        if any(layer.shape != first.shape for layer in self._layers):
+            raise TransferError("layers whose caches differ in shape are not supported")
+        block_bytes = first[0].numel() * first.element_size()
+        count = max(1, staging_bytes // (block_bytes * len(self._layers)))
+        self._tensor = torch.empty(
+            (len(self._layers), count, block_bytes),
+            dtype=torch.uint8,
+            device=first.device,
+        )
+        model = vllm_config.model_config
+        self._layout = Layout(
+            model=f"{os_name(model.model)} {model.quantization or ''}".strip(),
+            dtype=str(first.dtype).removeprefix("torch."),
+            layers=len(self._layers),
+            block_tokens=vllm_config.cache_config.block_size,
+            block_bytes=block_bytes,
+            order="x".join(map(str, first.shape[1:])),
+        )
+        self.slots = Slots(count)
+        self._pending: list[tuple[Any, list[int]]] = []
+
+    def slab(self) -> Slab:
+        """Return the slab as a transport takes it."""
+        tensor, layout = self._tensor, self._layout
+        stride = tensor.stride(0)
+        bases = tuple([tensor.data_ptr() + i * stride for i in range(layout.layers)])
+        cuda = tensor.is_cuda
+        return Slab(
+            layout=layout,
+            blocks=self.slots.count,
+            bases=bases,
+            memory="VRAM" if cuda else "DRAM",
+            device=tensor.device.index or 0 if cuda else 0,
+            sums=self._sums_on_gpu if cuda else self._sums,
+            owner=tensor,
+        )
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the caches into slots."""
+        index, place = self._index(blocks), self._where(slots)
+        for layer, staged in zip(self._layers, self._tensor, strict=True):
+            taken = layer.index_select(0, index)
+            staged[place] = _bytes(taken)
+
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots into blocks of the caches."""
+        index, place = self._index(blocks), self._where(slots)
+        for layer, staged in zip(self._layers, self._tensor, strict=True):
+            values = staged[place].contiguous().view(layer.dtype)
+            layer[index] = values.view(len(blocks), *layer.shape[1:])
+
+    def mark(self) -> Any:
+        """Return an event after all that was gathered so far; None if it is done."""
+        if not self._tensor.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def give_when_done(self, slots: list[int]) -> None:
+        """Take slots back once nothing reads them any more."""
+        self._pending.append((self.mark(), slots))
+        while self._pending and (
+            self._pending[0][0] is None or self._pending[0][0].query()
+        ):
+            self.slots.give(self._pending.pop(0)[1])
+
+    def _index(self, blocks: Sequence[int]) -> Any:
+        return torch.tensor(blocks, dtype=torch.long, device=self._tensor.device)
+
+    def _where(self, slots: Sequence[int]) -> Any:
+        """Return *slots* as a slice if they are a run, which saves a kernel."""
+        if slots[-1] - slots[0] == len(slots) - 1:
+            return slice(slots[0], slots[-1] + 1)
+        return self._index(slots)
+
+    def _sums(self, layer: int, blocks: Blocks) -> Words:
+        return xxh3(self._tensor[layer].numpy(), blocks)
+
+    def _sums_on_gpu(self, layer: int, blocks: Blocks) -> Words:
+        """Checksum on the GPU, in a stream of its own, multilinear modulo 2**64."""
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            index = torch.from_numpy(blocks).to(self._tensor.device)
+            words = self._tensor[layer].index_select(0, index).view(torch.int64)
+            sums = (words * self._odd(words.shape[1])).sum(dim=1)
+            return sums.cpu().numpy().view(np.uint64)
+
+    def _stream(self) -> Any:
+        if not hasattr(self, "_side_stream"):
+            self._side_stream = torch.cuda.Stream(self._tensor.device)
+        return self._side_stream
+
+    def _odd(self, words: int) -> Any:
+        if not hasattr(self, "_coefficients"):
+            rng = np.random.default_rng(words)
+            odd = rng.integers(-(1 << 62), 1 << 62, words) * 2 + 1
+            self._coefficients = torch.from_numpy(odd).to(self._tensor.device)
+        return self._coefficients
+
+
+def os_name(path: str) -> str:
+    """Return the last part of a model's path: it may lie elsewhere on each host."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _bytes(values: Any) -> Any:
+    """View (n, ...) as (n, bytes)."""
+    return values.contiguous().view(len(values), -1).view(torch.uint8)
+
+
+def _by_block(name: str, cache: Any, blocks: int) -> Any:
+    """View a cache with its blocks along the first axis.
+
+    Raises:
+        TransferError: No axis has as many entries as there are blocks.
+    """
+    for axis in range(min(2, cache.dim())):
+        if cache.shape[axis] == blocks:
+            return cache.movedim(axis, 0)
+    raise TransferError(
+        f"the cache of {name}, {tuple(cache.shape)}, has no axis of {blocks} blocks"
+    )
