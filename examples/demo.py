@@ -21,7 +21,7 @@ def prompts() -> dict[str, list[list[int]]]:
     """Make three prefixes of 220 tokens and five short questions behind each."""
     shared = [[(k * 7 + 101 * p) % 400 + 4 for k in range(220)] for p in range(3)]
     return {
-        f"prefix {p}": [head + [30 + q, 40 + q, 50 + q] for q in range(5)]
+        f"prefix {p}": [[*head, 30 + q, 40 + q, 50 + q] for q in range(5)]
         for p, head in enumerate(shared)
     }
 

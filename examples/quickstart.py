@@ -27,9 +27,9 @@ async def main(model: str) -> None:
                 prompt=await tokenize(story + question),
                 max_new_tokens=16,
             )
+            cached, decision = 0, None
             async for output in server.generate(request, {"temperature": 0}):
-                if output.cached_tokens is not None:
-                    cached = output.cached_tokens
+                cached = output.cached_tokens or cached
                 decision = server.cluster.runs(request.id) or decision
             print(f"{request.id} on {decision.decode}, {cached} tokens were cached")
         print(decision.explain())

@@ -15,6 +15,7 @@ from .index import ExactIndex, GuessedIndex, PrefixIndex
 from .machines import Machine
 from .router import (
     Blend,
+    Disaggregated,
     EarliestFirstToken,
     KVHeadroom,
     LeastLoaded,
@@ -28,6 +29,7 @@ from .router import (
     Score,
     SessionAffinity,
     TermRouter,
+    UniformLink,
 )
 from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
 from .view import View, Workers
@@ -40,6 +42,7 @@ __all__ = [
     "Blend",
     "Cluster",
     "Decision",
+    "Disaggregated",
     "EarliestFirstToken",
     "ExactIndex",
     "Explanation",
@@ -71,6 +74,7 @@ __all__ = [
     "Term",
     "TermRouter",
     "Tier",
+    "UniformLink",
     "Verdict",
     "View",
     "Worker",

@@ -56,6 +56,14 @@ class PolicyError(LlmdError, ValueError):
     """A policy broke its contract: a NaN, a wrong shape or an exception."""
 
 
+class InvalidPolicy(LlmdError, ValueError):
+    """A policy was built with values that make no sense."""
+
+
+class NoSignal(LlmdError):
+    """What a policy measures cannot be told now; it keeps what it decided."""
+
+
 class Rejected(LlmdError):
     """The balancer refused the request.
 
@@ -96,3 +104,36 @@ class DoesNotFit(LlmdError, ValueError):
 
 class InvalidSlice(LlmdError, ValueError):
     """A time slice was set up wrongly: a name, a weight or a quantum."""
+
+
+class TransferError(LlmdError):
+    """KV blocks could not be moved; the prompt can always be computed again."""
+
+
+class HandshakeRefused(TransferError, ValueError):
+    """Two transports must not exchange blocks.
+
+    Attributes:
+        field: What differs: `key`, `protocol`, or a field of the layout.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class CircuitOpen(TransferError):
+    """The peer failed too often lately; nothing is tried for a while."""
+
+
+class NoWay(TransferError):
+    """There is no way for KV between two workers; the message says why."""
+
+
+def policy_error(policy: object, error: Exception) -> LlmdError:
+    """Return what a failing policy costs the request it was asked about."""
+    if isinstance(error, PolicyError):
+        return error
+    wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

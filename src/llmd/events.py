@@ -1,7 +1,9 @@
 """What happens to a cluster.  Every event says when, in `at`.
 
 Events about a worker or a request that is gone are late, not wrong: a cluster
-ignores them.  Ids are never used twice, so a late event cannot be mistaken.
+ignores them.  Ids are never used twice, so a late event cannot be mistaken;
+only of a request that is back on the worker it was taken from, a driver must
+not report what the first try did.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from typing import Any
 
 from . import commands as c
 from . import events as e
-from .core import Core, policy_error
+from .core import Core
 from .errors import (
     EngineError,
     InvalidEvent,
-    PolicyError,
     Rejected,
     UnknownModel,
     WorkerLost,
+    policy_error,
 )
 
 
@@ -28,27 +28,27 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
     request = event.request
     core.check(request)
     core.view.advance(event.at)
+    balancer = core.balancer
     try:
-        verdict = core.balancer.admit(request, core.view)
-        key = core.balancer.key(request, core.view)
-        if key != key:
-            raise PolicyError(f"{core.balancer!r} gave {request.id!r} the key {key}")
-        if verdict.admitted:
-            core.waiting.push(key, request)
+        verdict = balancer.admit(request, core.view)
+        if not verdict.admitted:
+            return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+        lane = core.waiting.push(request, core.view, since=event.at)
     except Exception as error:
-        return [c.Fail(request, policy_error(core.balancer, error))]
-    if not verdict.admitted:
-        return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+        return [c.Fail(request, policy_error(balancer, error))]
+    core.view.totals.requests += 1
+    core.view.totals.prompt_tokens += request.prompt_tokens
     if request.deadline < math.inf:
         core.deadlines.add((request.deadline, request.id))
-    return core.dispatch(request.model)
+    core.waiting.tell(balancer.admitted, request, core.view)
+    return core.dispatch(lane)
 
 
 def cancelled(core: Core, event: e.RequestCancelled) -> list[c.Command]:
     core.view.advance(event.at)
-    request = core.waiting.remove(event.request_id)
-    if request is not None:
-        core.gone(request)
+    entry = core.waiting.remove(event.request_id, core.view)
+    if entry is not None:
+        core.gone(entry.request)
         return []
     booking = core.books.get(event.request_id)
     if booking is None:
@@ -76,6 +76,7 @@ def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
     for worker in booking.workers:
         cached = event.cached_tokens if worker == booking.decision.first else None
         core.index.settle(worker, booking.request, cached, event.at)
+    booking.first_token_at = event.at
     core.books.first_token(booking)
     return [*core.charge(booking, 1), *core.dispatch()]
 
@@ -95,6 +96,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
     if booking is None:
         return []
     if event.error is None:
+        core.view.totals.ended_requests += 1
         core.release(booking)
         core.gone(booking.request)
         return core.dispatch()
@@ -172,7 +174,7 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
     core.view.advance(event.at)
     core.models.discard(event.model)
     commands: list[c.Command] = []
-    for request in core.waiting.drop_model(event.model):
+    for request in core.waiting.drop_model(event.model, core.view):
         error = UnknownModel(f"model {event.model!r} was removed")
         core.gone(request)
         commands.append(c.Fail(request, error))

@@ -80,6 +80,8 @@ class Request:
         session: Turns of one conversation carry one session name.
         priority: Smaller runs earlier, as in vLLM.
         deadline: Absolute time after which nobody waits any more, seconds.
+        sheddable: It may be taken off its worker for more urgent work, as
+            long as it streamed nothing; it waits again then.
 
     Raises:
         InvalidRequest: A value is out of range; `EmptyPrompt` for no tokens.
@@ -100,6 +102,7 @@ class Request:
     session: str = ""
     priority: int = 0
     deadline: float = math.inf
+    sheddable: bool = False
 
     def __attrs_post_init__(self) -> None:
         if not self.id:

@@ -26,13 +26,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+def pytest_configure(config):
+    # vLLM leaves its ZMQ contexts to the garbage collector, at any later time.
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Exception ignored in. <function Context.__del__"
+    )
+
+
 def pytest_collection_modifyitems(items):
     here = os.path.dirname(__file__)
     for item in items:
         if str(item.path).startswith(here):
             item.add_marker(pytest.mark.vllm)
-            # vLLM and torch warn of their own deprecations.
+            # vLLM and torch warn of their own deprecations, and the engine's
+            # core, forked from here, would take the filter for errors with it.
             item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
+            )
 
 
 class Running:
@@ -69,7 +81,7 @@ class Running:
     async def told(self, wanted, seconds=10.0):
         """Wait until *wanted* of the reports is true; return what it gave."""
         async with asyncio.timeout(seconds):
-            while not (found := wanted(self.reports)):
+            while not (found := wanted(self.reports)):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         return found
 
@@ -84,7 +96,9 @@ async def running(engine, name) -> AsyncIterator[Running]:
 
 def prompt(length, salt=0):
     """Make token ids that every other *salt* shares no block with."""
-    return [(salt * 97 + k * 13 + (k * k) % 7 + salt * k) % 400 + 4 for k in range(length)]
+    return [
+        (salt * 97 + k * 13 + (k * k) % 7 + salt * k) % 400 + 4 for k in range(length)
+    ]
 
 
 def request(name, tokens, **fields):

@@ -13,14 +13,14 @@ from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
 from .holders import Holders
 from .interface import PrefixIndex
-from .seats import Seats, columns, spread
+from .seats import Rows, Seats, columns
 
-_DEFAULT_BLOCK_TOKENS = 16
+_HOPE_TOKENS = 128
 
 
 @attrs.define(eq=False)
 class _Hope:
-    """Blocks that a request sent to a worker will store, until told otherwise."""
+    """Prefixes that a request sent to a worker will store, until told otherwise."""
 
     bit: int
     names: list[int]
@@ -32,7 +32,8 @@ class ExactIndex(PrefixIndex):
     """Follows every store and remove event of every engine.
 
     From the dispatch of a request until *grace* seconds after its first token
-    its blocks count as stored, since their event is still to come.
+    its blocks count as stored, since their event is still to come; to be quick
+    about it, only by whole steps of 128 tokens.
 
     Match takes O(distinct depths * log blocks) after hashing.  Memory is about
     100 bytes a block, however many workers hold it.
@@ -56,7 +57,10 @@ class ExactIndex(PrefixIndex):
     _tiers: tuple[Holders, ...] = attrs.field(
         factory=lambda: tuple(Holders() for _ in Tier), init=False
     )
+    _tiered: bool = attrs.field(default=False, init=False)
     _hoped: Holders = attrs.field(factory=Holders, init=False)
+    # Worker's bit -> name -> the last hope for it.
+    _pending: dict[int, dict[int, _Hope]] = attrs.field(factory=dict, init=False)
     _hopes: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
     _expiring: deque[_Hope] = attrs.field(factory=deque, init=False)
 
@@ -68,12 +72,12 @@ class ExactIndex(PrefixIndex):
         if self._expiring and self._expiring[0].until <= at:
             self._expire(at)
         rows = self._seats.rows(workers)
-        held: Ints | None = None
-        for block_tokens, bits in self._sizes.items():
-            found = self._match(request, rows, len(workers), block_tokens, bits)
-            held = found if held is None else held + found
-        if held is None:
-            return np.zeros((len(workers), len(Tier)), dtype=np.int64)
+        sizes = [*self._sizes.items()]
+        if not sizes:
+            return columns(np.zeros(len(workers), dtype=np.int64))
+        held = self._match(request, rows, *sizes[0])
+        for block_tokens, bits in sizes[1:]:
+            held = held + self._match(request, rows, block_tokens, bits)
         return held
 
     def store(
@@ -82,6 +86,8 @@ class ExactIndex(PrefixIndex):
         bit = self._seats.take(worker, self._busy())
         if self._block_tokens.get(worker) != block_tokens:
             self._resize(worker, bit, block_tokens)
+        if tier is not Tier.GPU:
+            self._tiered = True
         self._tiers[tier].add(bit, hashes.tolist())
 
     def remove(self, worker: WorkerId, hashes: Hashes, tier: Tier, at: float) -> None:
@@ -98,6 +104,7 @@ class ExactIndex(PrefixIndex):
         bit = self._seats.leave(worker)
         for store in (*self._tiers, self._hoped):
             store.clear(bit)
+        self._pending.pop(bit, None)
         self._hopes = {
             key: hope for key, hope in self._hopes.items() if hope.bit != bit
         }
@@ -106,14 +113,16 @@ class ExactIndex(PrefixIndex):
 
     def expect(self, worker: WorkerId, request: Request, at: float) -> None:
         bit = self._seats.bit(worker)
-        block_tokens = self._block_tokens.get(worker, _DEFAULT_BLOCK_TOKENS)
-        hashes = request.hashes(block_tokens)
-        known = self._tiers[Tier.GPU].depths(hashes, self._seats.all)
-        own = max((depth for mask, depth in known if mask & bit), default=0)
-        names = hashes[own:].tolist()
-        if bit and names:
-            self._hoped.add(bit, names)
-            self._hopes[worker, request.id] = _Hope(bit, names)
+        if not bit:
+            return
+        names = _hoped(request, self._block_tokens[worker])[1].tolist()
+        if not names:
+            return
+        hope = _Hope(bit, names)
+        self._hoped.add(bit, names)
+        pending = self._pending.setdefault(bit, {})
+        pending.update(dict.fromkeys(names, hope))
+        self._hopes[worker, request.id] = hope
 
     def settle(
         self, worker: WorkerId, request: Request, cached_tokens: int | None, at: float
@@ -122,32 +131,48 @@ class ExactIndex(PrefixIndex):
         if hope is not None:
             hope.until = at + self.grace
             self._expiring.append(hope)
+        self._expire(at)  # here rather than in the path of an arrival
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
         for store in (*self._tiers, self._hoped):
             store.check(self._seats.all)
+        for bit, pending in self._pending.items():
+            assert bit & self._seats.all, "a stranger is hoped for"
+            held = self._hoped.get
+            assert all(held(name) & bit for name in pending), "a hope does not count"
         union = 0
         for bits in self._sizes.values():
             assert bits, "a block size is kept that no worker has"
             assert not bits & union, "a worker has two block sizes"
             union |= bits
 
-    def _match(
-        self, request: Request, rows: dict[int, int], size: int, tokens: int, bits: int
-    ) -> Ints:
+    def _match(self, request: Request, rows: Rows, tokens: int, bits: int) -> Ints:
         """Match the workers *bits*, whose blocks have *tokens* tokens."""
         hashes = request.hashes(tokens)
-        stores = [store for store in self._tiers[1:] if len(store)]
         fast = self._tiers[Tier.GPU]
-        found = fast.depths(hashes, bits, (self._hoped,))
-        held = columns(spread(found, rows, size, tokens))
-        if stores:
-            for tier in Tier:
-                if tier is not Tier.GPU:
-                    others = (self._hoped, *self._tiers[1 : tier + 1])
-                    found = fast.depths(hashes, bits, others)
-                    held[:, tier] = spread(found, rows, size, tokens)
+        depths = rows.depths(fast.depths(hashes, bits), tokens)
+        if len(self._hoped):
+            step, hoped = _hoped(request, tokens)
+            found = self._hoped.depths(hoped, bits)
+            if found:
+                np.maximum(depths, rows.depths(found, step), out=depths)
+        held = columns(depths)
+        return self._slower(hashes, rows, tokens, bits, held) if self._tiered else held
+
+    def _slower(
+        self, hashes: Hashes, rows: Rows, tokens: int, bits: int, held: Ints
+    ) -> Ints:
+        """Return *held* with what lies in slower tiers."""
+        held = held.copy()
+        fast, *slower = self._tiers
+        stores: tuple[Holders, ...] = ()
+        for tier, store in enumerate(slower, start=1):
+            if len(store):
+                stores = (*stores, store)
+                found = fast.depths(hashes, bits, stores)
+                deeper = rows.depths(found, tokens)[:, None]
+                np.maximum(held[:, tier:], deeper, out=held[:, tier:])
         return held
 
     def _resize(self, worker: WorkerId, bit: int, block_tokens: int) -> None:
@@ -163,7 +188,13 @@ class ExactIndex(PrefixIndex):
     def _expire(self, at: float) -> None:
         while self._expiring and self._expiring[0].until <= at:
             hope = self._expiring.popleft()
-            self._hoped.discard(hope.bit, hope.names)
+            pending = self._pending.get(hope.bit)
+            if not pending:
+                continue
+            lost = [name for name in hope.names if pending.get(name) is hope]
+            for name in lost:
+                del pending[name]
+            self._hoped.discard(hope.bit, lost)
 
     def _busy(self) -> int:
         """Bits that no newcomer may have: their blocks are not swept yet."""
@@ -171,3 +202,9 @@ class ExactIndex(PrefixIndex):
         for store in self._tiers:
             busy |= store.dead
         return busy
+
+
+def _hoped(request: Request, block_tokens: int) -> tuple[int, Hashes]:
+    """Return the prefixes to hope for and the tokens from one to the next."""
+    stride = max(_HOPE_TOKENS // block_tokens, 1)
+    return stride * block_tokens, request.hashes(block_tokens)[stride - 1 :: stride]

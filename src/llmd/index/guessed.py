@@ -12,7 +12,7 @@ from ..types import Request, Worker, WorkerId
 from ..view import Ints
 from .holders import Holders
 from .interface import PrefixIndex
-from .seats import Seats, columns, spread
+from .seats import Seats, columns
 
 
 @attrs.define(eq=False)
@@ -33,6 +33,7 @@ class _Cache:
 
     bit: int
     block_tokens: int
+    stride: int
     capacity_blocks: int
     last: dict[int, _Sent] = attrs.field(factory=dict)
     log: deque[_Sent] = attrs.field(factory=deque)
@@ -83,8 +84,10 @@ class GuessedIndex(PrefixIndex):
 
     Attributes:
         ttl: Seconds after which an unused block is no longer believed in.
+        grain_tokens: A guess is kept for one block in this many tokens, and so
+            costs time and memory that much less often; at least every block.
 
-    >>> index = GuessedIndex()
+    >>> index = GuessedIndex(grain_tokens=2)
     >>> index.join(Worker(id="a", block_tokens=2), at=0.0)
     >>> index.expect("a", Request(id="r", prompt=[1, 2, 3, 4, 5]), at=0.0)
     >>> index.match(Request(id="s", prompt=[1, 2, 9]), ["a"], at=1.0)[:, 0].tolist()
@@ -92,33 +95,35 @@ class GuessedIndex(PrefixIndex):
     """
 
     ttl: float = 600.0
+    grain_tokens: int = 64
 
     _seats: Seats = attrs.field(factory=Seats, init=False)
     _caches: dict[WorkerId, _Cache] = attrs.field(factory=dict, init=False)
     _holders: Holders = attrs.field(factory=Holders, init=False)
+    _sizes: dict[tuple[int, int], int] = attrs.field(factory=dict, init=False)
 
     def join(self, worker: Worker, at: float) -> None:
         bit = self._seats.take(worker.id, self._holders.dead)
-        self._caches[worker.id] = _Cache(bit, worker.block_tokens, worker.kv_blocks)
+        stride = max(self.grain_tokens // worker.block_tokens, 1)
+        capacity = max(worker.kv_blocks // stride, 1)
+        self._caches[worker.id] = _Cache(bit, worker.block_tokens, stride, capacity)
+        self._resize()
 
     def match(self, request: Request, workers: Sequence[WorkerId], at: float) -> Ints:
         rows = self._seats.rows(workers)
         depths: Ints = np.zeros(len(workers), dtype=np.int64)
-        for block_tokens in {cache.block_tokens for cache in self._caches.values()}:
-            bits = sum(
-                cache.bit
-                for cache in self._caches.values()
-                if cache.block_tokens == block_tokens
-            )
-            found = self._holders.depths(request.hashes(block_tokens), bits)
-            depths += spread(found, rows, len(workers), block_tokens)
+        for (block_tokens, stride), bits in self._sizes.items():
+            hashes = request.hashes(block_tokens)[stride - 1 :: stride]
+            found = self._holders.depths(hashes, bits)
+            depths += rows.depths(found, block_tokens * stride)
         return columns(depths)
 
     def expect(self, worker: WorkerId, request: Request, at: float) -> None:
         cache = self._caches.get(worker)
         if cache is None:
             return
-        names = request.hashes(cache.block_tokens)[: cache.capacity_blocks].tolist()
+        hashes = request.hashes(cache.block_tokens)[cache.stride - 1 :: cache.stride]
+        names = hashes[: cache.capacity_blocks].tolist()
         self._holders.add(cache.bit, names)
         cache.touch(_Sent(at, names))
         self._holders.discard(cache.bit, cache.trim(at - self.ttl))
@@ -128,13 +133,21 @@ class GuessedIndex(PrefixIndex):
         if cache is not None:
             self._holders.discard(cache.bit, cache.last)
             self._caches[worker] = _Cache(
-                cache.bit, cache.block_tokens, cache.capacity_blocks
+                cache.bit, cache.block_tokens, cache.stride, cache.capacity_blocks
             )
 
     def leave(self, worker: WorkerId, at: float) -> None:
         self.forget(worker, "left", at)
         self._caches.pop(worker, None)
         self._seats.leave(worker)
+        self._resize()
+
+    def _resize(self) -> None:
+        """Group the workers by the size of their blocks."""
+        self._sizes = {}
+        for cache in self._caches.values():
+            size = cache.block_tokens, cache.stride
+            self._sizes[size] = self._sizes.get(size, 0) | cache.bit
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""

@@ -15,6 +15,7 @@ import attrs
 from ..blocks import Hashes
 
 _SWEEP = 4
+_ENDS_KEPT = 1 << 10
 _INTERNED = 1 << 14
 
 
@@ -31,6 +32,8 @@ class Holders:
     _sweeping: int = attrs.field(default=0, init=False)
     _unswept: Iterator[int] = attrs.field(factory=lambda: iter(()), init=False)
     _shared: dict[int, int] = attrs.field(factory=dict, init=False)
+    # Several workers share a system prompt, whose end is where it was last time.
+    _ends: dict[int, int] = attrs.field(factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self._masks)
@@ -41,23 +44,26 @@ class Holders:
         return self._dead
 
     def add(self, bit: int, names: Sequence[int]) -> None:
-        """Let the worker *bit* hold *names*, O(names)."""
-        masks, shared = self._masks, self._shared
-        for name in names:
-            old = masks.get(name)
-            if old is None:
-                masks[name] = bit
-            elif not old & bit:
-                mask = old | bit
-                masks[name] = shared.setdefault(mask, mask)
-        if len(shared) > _INTERNED:
-            shared.clear()
-        if self._dead:
-            self._sweep(_SWEEP * len(names))
+        """Let the worker *bit* hold *names*, O(names).
 
-    def add_new(self, bit: int, names: Iterable[int]) -> None:
-        """Let *bit* hold *names* that nobody holds yet, at the speed of C."""
-        self._masks.update(dict.fromkeys(names, bit))
+        Names that nobody holds yet go in at the speed of C.
+        """
+        masks = self._masks
+        if names and names[0] not in masks and masks.keys().isdisjoint(names):
+            masks.update(dict.fromkeys(names, bit))
+        else:
+            shared = self._shared
+            for name in names:
+                old = masks.get(name)
+                if old is None:
+                    masks[name] = bit
+                elif not old & bit:
+                    mask = old | bit
+                    masks[name] = shared.setdefault(mask, mask)
+            if len(shared) > _INTERNED:
+                shared.clear()
+        if self._dead:
+            self.sweep(_SWEEP * len(names))
 
     def discard(self, bit: int, names: Iterable[int]) -> None:
         """Let *bit* hold *names* no more; unknown names are ignored."""
@@ -77,11 +83,31 @@ class Holders:
 
         *bit* must not be used again before it leaves `dead`.
         """
-        self._dead |= bit
+        if self._masks:
+            self._dead |= bit
 
     def get(self, name: int) -> int:
         """Return who holds *name*."""
         return self._masks.get(name, 0) & ~self._dead
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """Yield each name with who holds it."""
+        alive = ~self._dead
+        for name, mask in self._masks.items():
+            if mask & alive:
+                yield name, mask & alive
+
+    def depth(self, names: Hashes, bits: int) -> int:
+        """Return how many leading *names* anyone of *bits* holds, O(log n)."""
+        find, item, bits = self._masks.get, names.item, bits & ~self._dead
+        low, high = 0, len(names)
+        while low < high:
+            middle = (low + high) >> 1
+            if find(item(middle), 0) & bits:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def depths(
         self, names: Hashes, alive: int, others: tuple[Holders, ...] = ()
@@ -94,36 +120,52 @@ class Holders:
             others: Stores that count as one with this one.
 
         Returns:
-            (workers, depth) pairs with depth at least 1, each worker in one at
-            most.  O(distinct depths * log n) look-ups.
+            (workers, depth) pairs with depth at least 1, shallowest first,
+            each worker in one at most.  O(distinct depths * log n) look-ups.
         """
+        found: list[tuple[int, int]] = []
         blocks = len(names)
         if not blocks:
-            return []
+            return found
         item = names.item
         find = self._finder(others)
-        alive &= ~self._dead
-        first = find(item(0), 0) & alive
-        if not first:
-            return []
-        last = find(item(blocks - 1), 0) & first
-        found = [(last, blocks)] if last else []
-        spans = [(0, first, blocks - 1, last)]
-        while spans:
-            low, at_low, high, at_high = spans.pop()
-            if at_low == at_high:
-                continue
-            if high - low <= 1:
-                found.append((at_low & ~at_high, low + 1))
-                continue
-            middle = (low + high) >> 1
-            at_middle = (find(item(middle), 0) & at_low) | at_high
-            spans.append((low, at_low, middle, at_middle))
-            spans.append((middle, at_middle, high, at_high))
+        ends = self._ends
+        at = find(item(0), 0) & alive
+        low, high = 0, blocks - 1
+        right = find(item(high), 0) & at
+        ahead = []  # what was looked at to the right of *high*, nearest last
+        while at:
+            hint = ends.get(at, -1)
+            while at != right and high - low > 1:
+                if low < hint < high:
+                    middle = hint
+                elif low == hint:
+                    middle, hint = low + 1, -1
+                else:
+                    middle = (low + high) >> 1
+                mask = find(item(middle), 0) & at
+                if mask == at:
+                    low = middle
+                else:
+                    ahead.append((high, right))
+                    high, right = middle, mask
+            if at != right:
+                found.append((at & ~right, low + 1))
+                if at & (at - 1):
+                    ends[at] = low
+                at = right
+            low = high
+            if not ahead:
+                break
+            high, right = ahead.pop()
+            right &= at
+        if at:
+            found.append((at, blocks))
+        if len(ends) > _ENDS_KEPT:
+            ends.clear()
         return found
 
     def _finder(self, others: tuple[Holders, ...]) -> Callable[[int, int], int]:
-        others = tuple([other for other in others if other._masks])
         if not others:
             return self._masks.get
         gets = [store._masks.get for store in (self, *others)]
@@ -136,7 +178,7 @@ class Holders:
 
         return find
 
-    def _sweep(self, steps: int) -> None:
+    def sweep(self, steps: int) -> None:
         """Take dead bits out of up to *steps* sets."""
         masks = self._masks
         if not self._sweeping:

@@ -1,6 +1,7 @@
 """Which worker: the `Router` interface and its policies."""
 
 from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
+from .disaggregated import Disaggregated, UniformLink
 from .interface import Router, TermRouter
 from .seconds import EarliestFirstToken
 from .simple import (
@@ -14,6 +15,7 @@ from .simple import (
 
 __all__ = [
     "Blend",
+    "Disaggregated",
     "EarliestFirstToken",
     "KVHeadroom",
     "LeastLoaded",
@@ -27,4 +29,5 @@ __all__ = [
     "Score",
     "SessionAffinity",
     "TermRouter",
+    "UniformLink",
 ]

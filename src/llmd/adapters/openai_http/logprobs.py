@@ -21,10 +21,7 @@ def completion(tokens: Sequence[Mapping[int, Any]]) -> dict[str, Any]:
     return {
         "tokens": names,
         "token_logprobs": [_finite(mark.logprob) for _, mark in chosen],
-        "top_logprobs": [
-            {_name(id, mark): _finite(mark.logprob) for id, mark in token.items()}
-            for token in tokens
-        ],
+        "top_logprobs": [_top(token) for token in tokens],
         "text_offset": offsets,
     }
 
@@ -40,6 +37,15 @@ def chat(tokens: Sequence[Mapping[int, Any]]) -> dict[str, Any]:
             for token in tokens
         ]
     }
+
+
+def _top(token: Mapping[int, Any]) -> dict[str, float]:
+    """Return log probabilities by name; of two with one name, one shows its id."""
+    top: dict[str, float] = {}
+    for id, mark in token.items():
+        name = _name(id, mark)
+        top[f"token_id:{id}" if name in top else name] = _finite(mark.logprob)
+    return top
 
 
 def _chosen(token: Mapping[int, Any]) -> tuple[int, Any]:

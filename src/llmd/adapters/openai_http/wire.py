@@ -115,10 +115,11 @@ def ask(http: HttpRequest, body: Mapping[str, Any], default_tokens: int | None) 
     if not isinstance(options, dict):
         raise InvalidRequest("stream_options is not an object")
     for name in ("echo", "suffix", "best_of"):
-        if body.get(name) not in (None, False, "", 1):
+        if body.get(name) and (name != "best_of" or body[name] != 1):
             raise InvalidRequest(f"{name} is not supported")
     given = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None))
-    choices = _whole(body, "n", 1) or 1
+    choices = _whole(body, "n", None)
+    choices = 1 if choices is None else choices
     if not 1 <= choices <= MAX_CHOICES:
         raise InvalidRequest(f"n is {choices}, must be 1 to {MAX_CHOICES}")
     return Ask(

@@ -32,7 +32,7 @@ import array
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
 import msgspec
@@ -41,9 +41,7 @@ import numpy as np
 from ...blocks import Hasher, Tokens, process_hasher, seed_of
 from ...events import BlocksCleared, BlocksRemoved, BlocksStored
 from ...types import Tier, WorkerId
-
-Report: TypeAlias = BlocksStored | BlocksRemoved | BlocksCleared
-_Table: TypeAlias = dict[Any, tuple[int, int]]
+from .kv_holdings import Holdings, Report, Run
 
 END = b"\xff" * 8
 """The sequence frame that ends a replay."""
@@ -59,6 +57,7 @@ _BAD = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
     TypeError,
     ValueError,
@@ -72,56 +71,6 @@ class Gap:
     rank: int
     start: int
     stop: int
-
-
-@attrs.define(eq=False)
-class _Rank:
-    """One publisher: where its sequence is, and what its engine holds.
-
-    Attributes:
-        expected: Number of the next batch to apply.
-        live: Number of the last batch that did not come from a replay.
-        held: For each tier, engine hash -> (name, tokens).
-        copies: (tier, engine hash) -> copies beyond the first.
-        block_tokens: As the last event told.
-        group: The cache group that is followed, once known.
-    """
-
-    expected: int = 0
-    live: int = -1
-    held: tuple[_Table, ...] = attrs.field(factory=lambda: tuple({} for _ in Tier))
-    copies: dict[tuple[Tier, Any], int] = attrs.field(factory=dict)
-    block_tokens: int = 1
-    group: int | None = None
-
-    def drop(self) -> None:
-        self.copies.clear()
-        for table in self.held:
-            table.clear()
-
-    def entry(self, key: Any) -> tuple[int, int] | None:
-        """Return (name, tokens) of an engine's hash, whatever tier holds it."""
-        for table in self.held:
-            if entry := table.get(key):
-                return entry
-        return None
-
-    def add(self, tier: Tier, table: _Table) -> None:
-        held = self.held[tier]
-        if not held.keys().isdisjoint(table):
-            for key in held.keys() & table:
-                self.copies[tier, key] = self.copies.get((tier, key), 0) + 1
-        held.update(table)
-
-    def take(self, tier: Tier, key: Any) -> tuple[int, int] | None:
-        """Drop one copy; return its entry if it was the last."""
-        if self.copies and (more := self.copies.get((tier, key))):
-            if more > 1:
-                self.copies[tier, key] = more - 1
-            else:
-                del self.copies[tier, key]
-            return None
-        return self.held[tier].pop(key, None)
 
 
 class KVEventDecoder:
@@ -155,7 +104,7 @@ class KVEventDecoder:
         self.counts: Counter[str] = Counter()
         self._hasher = hasher or process_hasher()
         self._blocks_kept = blocks_kept
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, Holdings] = {}
         self._holders: tuple[Counter[int], ...] = ()
 
     def feed(
@@ -212,7 +161,7 @@ class KVEventDecoder:
     ) -> list[Report]:
         """Return what decoded *events* tell, neighbours of a kind as one report."""
         state = self._rank(rank)
-        run = _Run(self.worker, at)
+        run = Run(self.worker, at)
         for event in events:
             try:
                 kind = event["type"]
@@ -227,9 +176,8 @@ class KVEventDecoder:
                     self.counts["unknown events"] += 1
             except _BAD:
                 self.counts["malformed events"] += 1
-        for tier in Tier:
-            if len(state.held[tier]) > self._blocks_kept:
-                self._trim(state, tier, run)
+        if max(map(len, state.held)) > self._blocks_kept:
+            self._trim(state, run)
         run.flush()
         return run.reports
 
@@ -257,18 +205,15 @@ class KVEventDecoder:
             raise ValueError("not a batch")
         return int.from_bytes(frames[-2], "big"), int(rank), events
 
-    def _store(self, rank: _Rank, event: Mapping[str, Any], run: _Run) -> None:
+    def _store(self, rank: Holdings, event: Mapping[str, Any], run: Run) -> None:
         get = event.get
         group = get("group_idx")
         if group != rank.group and not self._follow(rank, group, event):
             return
         tier = _tier(get("medium"), get("locality"))
-        keys, size, tokens = (
-            event["block_hashes"],
-            event["block_size"],
-            event["token_ids"],
-        )
+        keys, tokens = event["block_hashes"], event["token_ids"]
         if tokens:
+            size = event["block_size"]
             if size < 1 or len(tokens) != size * len(keys):
                 raise ValueError("tokens do not fill the blocks")
             start = self._start(rank, event)
@@ -278,7 +223,7 @@ class KVEventDecoder:
             name, length = start
             names = self._names(tokens, size, name, length)
             ends = range(length + size, length + len(tokens) + 1, size)
-            table = dict(zip(keys, zip(names, ends, strict=True), strict=True))
+            table = dict(zip(keys, zip(names, ends)))  # noqa: B905
             rank.block_tokens = size
         else:
             # Offloading connectors may name blocks by hash alone.
@@ -291,28 +236,28 @@ class KVEventDecoder:
         rank.add(tier, table)
         run.add(BlocksStored, tier, rank.block_tokens, names)
 
-    def _start(self, rank: _Rank, event: Mapping[str, Any]) -> tuple[int, int] | None:
+    def _start(
+        self, rank: Holdings, event: Mapping[str, Any]
+    ) -> tuple[int, int] | None:
         """Return (name, tokens) of what the event's blocks follow, if known.
 
         None as well for blocks of images, prompt embeddings and adapters
         without a name: tokens alone do not say what those hold.
         """
-        lora = event.get("lora_name")
-        if lora is None and event.get("lora_id") is not None:
-            return None
-        parent, keys = event.get("parent_block_hash"), event.get("extra_keys")
+        get = event.get
+        lora, parent, keys = (
+            get("lora_name"),
+            get("parent_block_hash"),
+            get("extra_keys"),
+        )
         salt = ""
+        if lora is None and get("lora_id") is not None:
+            return None
         if keys and any(keys):
-            first = parent is None
-            for block in keys:
-                rest = list(block or ())
-                if lora is not None and rest and rest[0] == lora:
-                    rest.pop(0)
-                if first and len(rest) == 1 and isinstance(rest[0], str):
-                    salt = rest.pop()
-                if rest:
-                    return None
-                first = False
+            found = _salt(keys, lora, parent is None)
+            if found is None:
+                return None
+            salt = found
         if parent is not None:
             return rank.entry(parent)
         if salt or lora:
@@ -323,23 +268,21 @@ class KVEventDecoder:
         """Name blocks of *size* tokens behind *length* tokens called *name*."""
         if length + len(tokens) > _PREFIX_TOKENS:
             raise ValueError("prefix too long")
-        ids: Tokens = np.frombuffer(array.array("Q", tokens), dtype=np.uint64)
-        if len(tokens) == size:
-            return [self._hasher.extend(ids, length, name)]
-        if length % size:
+        if len(tokens) <= 4 * size or length % size:
             names = []
             for begin in range(0, len(tokens), size):
-                block = ids[begin : begin + size]
+                block = tokens[begin : begin + size]
                 name = self._hasher.extend(block, length + begin, name)
                 names.append(name)
             return names
+        ids: Tokens = np.frombuffer(array.array("Q", tokens), dtype=np.uint64)
         hashes = self._hasher.hashes(ids, size, length, name)
         if not length and name:
             hashes += np.uint64(name)
         known: list[int] = hashes.tolist()
         return known
 
-    def _remove(self, rank: _Rank, event: Mapping[str, Any], run: _Run) -> None:
+    def _remove(self, rank: Holdings, event: Mapping[str, Any], run: Run) -> None:
         group = event.get("group_idx")
         if group is not None and group != (rank.group or 0):
             return
@@ -348,7 +291,7 @@ class KVEventDecoder:
         gone = [entry[0] for entry in taken if entry]
         self._gone(rank, gone, tier, run)
 
-    def _gone(self, rank: _Rank, names: list[int], tier: Tier, run: _Run) -> None:
+    def _gone(self, rank: Holdings, names: list[int], tier: Tier, run: Run) -> None:
         if self._holders:
             held = self._holders[tier]
             held.subtract(names)
@@ -357,10 +300,10 @@ class KVEventDecoder:
                 del held[name]
         run.add(BlocksRemoved, tier, rank.block_tokens, names)
 
-    def _clear(self, rank: _Rank, at: float, reason: str) -> list[Report]:
+    def _clear(self, rank: Holdings, at: float, reason: str) -> list[Report]:
         """Forget what *rank* holds; the report has no rank, so tell the others'."""
         rank.drop()
-        run = _Run(self.worker, at, [BlocksCleared(at, self.worker, reason)])
+        run = Run(self.worker, at, [BlocksCleared(at, self.worker, reason)])
         if self._holders:
             self._count_holders()
             for other in self._ranks.values():
@@ -377,17 +320,20 @@ class KVEventDecoder:
             for count, table in zip(self._holders, rank.held, strict=True):
                 count.update(name for name, _ in table.values())
 
-    def _trim(self, rank: _Rank, tier: Tier, run: _Run) -> None:
+    def _trim(self, rank: Holdings, run: Run) -> None:
         """Drop the oldest eighth: rarely, as a dict's front is slow to find."""
-        table = rank.held[tier]
-        surplus = len(table) - self._blocks_kept + self._blocks_kept // 8
-        oldest = [*itertools.islice(table, surplus)]
-        self.counts["blocks beyond the bound"] += len(oldest)
-        for key in oldest:
-            rank.copies.pop((tier, key), None)
-        self._gone(rank, [table.pop(key)[0] for key in oldest], tier, run)
+        kept = self._blocks_kept - self._blocks_kept // 8
+        for tier in Tier:
+            table = rank.held[tier]
+            oldest = [*itertools.islice(table, max(0, len(table) - kept))]
+            self.counts["blocks beyond the bound"] += len(oldest)
+            for key in oldest:
+                rank.copies.pop((tier, key), None)
+            self._gone(rank, [table.pop(key)[0] for key in oldest], tier, run)
 
-    def _follow(self, rank: _Rank, group: int | None, event: Mapping[str, Any]) -> bool:
+    def _follow(
+        self, rank: Holdings, group: int | None, event: Mapping[str, Any]
+    ) -> bool:
         """Say whether this cache group is the one that is indexed."""
         kind = event.get("kv_cache_spec_kind")
         if group is None:
@@ -398,45 +344,32 @@ class KVEventDecoder:
         self.counts["events of other groups"] += 1
         return False
 
-    def _rank(self, index: int) -> _Rank:
+    def _rank(self, index: int) -> Holdings:
         rank = self._ranks.get(index)
         if rank is None:
-            rank = self._ranks[index] = _Rank()
+            rank = self._ranks[index] = Holdings()
             if len(self._ranks) > 1:
                 self._count_holders()
         return rank
 
 
-@attrs.define(eq=False)
-class _Run:
-    """Collects reports, and neighbours of one kind into one."""
+def _salt(keys: Sequence[Any], lora: str | None, first: bool) -> str | None:
+    """Return the salt among *keys*, block by block; None if there is more.
 
-    worker: WorkerId
-    at: float
-    reports: list[Report] = attrs.field(factory=list)
-    kind: tuple[type[Report], Tier, int] | None = None
-    names: list[int] = attrs.field(factory=list)
-
-    def add(
-        self, report: type[Report], tier: Tier, block_tokens: int, names: list[int]
-    ) -> None:
-        kind = (report, tier, block_tokens)
-        if kind != self.kind:
-            self.flush()
-            self.kind = kind
-        self.names += names
-
-    def flush(self) -> None:
-        if self.kind is None or not self.names:
-            return
-        report, tier, block_tokens = self.kind
-        hashes = np.array(self.names, dtype=np.uint64)
-        if report is BlocksStored:
-            stored = BlocksStored(self.at, self.worker, hashes, block_tokens, tier)
-            self.reports.append(stored)
-        else:
-            self.reports.append(BlocksRemoved(self.at, self.worker, hashes, tier))
-        self.names = []
+    Each block has its adapter's name, the first block of a prompt its salt,
+    and any block what else went into it: image, embedding.
+    """
+    salt = ""
+    for block in keys:
+        rest = list(block or ())
+        if lora is not None and rest and rest[0] == lora:
+            rest.pop(0)
+        if first and len(rest) == 1 and isinstance(rest[0], str):
+            salt = rest.pop()
+        if rest:
+            return None
+        first = False
+    return salt
 
 
 def _tier(medium: Any, locality: Any) -> Tier:

@@ -10,7 +10,8 @@ import attrs
 import zmq.asyncio
 from zmq.constants import SocketOption, SocketType
 
-from .kv_events import END, Gap, KVEventDecoder, Report
+from .kv_events import END, Gap, KVEventDecoder
+from .kv_holdings import Report
 
 # Batches handled before other tasks of the loop get their turn.
 _TURN = 16

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...errors import EngineError
-from ...types import Signals
 from .kv_stream import KVEndpoint
 
 _CPU_OPTIONS: Mapping[str, Any] = {
@@ -39,29 +38,31 @@ _starting = threading.Lock()
 
 
 def launch(
+    made: list[Any],
     model: str,
     names: tuple[str, ...],
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    signals: Callable[[Signals], None],
-) -> Any:
-    """Return a started `AsyncLLM`; blocks for seconds, so call it in a thread.
+    listener: Callable[..., Any],
+) -> None:
+    """Start an `AsyncLLM`; blocks for seconds, so call it in a thread.
 
     Args:
+        made: Takes the engine.
         model: Directory or hub name.
         names: It is served as; the first one is vLLM's.
         options: Of `AsyncEngineArgs`; they override what is chosen here.
         environment: Set while it starts, for its processes to inherit.
         events: Where it shall publish KV events.
-        signals: Called on the event loop after each step.
+        listener: Stat logger factory, called by vLLM.
 
     Raises:
         EngineError: It did not start.
     """
     with _starting:
         try:
-            return _launch(model, names, options, environment, events, signals)
+            made.append(_launch(model, names, options, environment, events, listener))
         except Exception as error:
             raise EngineError(f"vLLM did not start {model!r}: {error}") from error
 
@@ -72,7 +73,7 @@ def _launch(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    signals: Callable[[Signals], None],
+    listener: Callable[..., Any],
 ) -> Any:
     from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -108,35 +109,8 @@ def _launch(
         # The CPU platform sets "spawn" while it makes the configuration.
         with _environment({"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}):
             return AsyncLLM.from_vllm_config(
-                config, stat_loggers=[_listener(signals)], disable_log_stats=True
+                config, stat_loggers=[listener], disable_log_stats=True
             )
-
-
-def _listener(signals: Callable[[Signals], None]) -> Callable[..., Any]:
-    """Return what vLLM calls a stat logger factory."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Listener(StatLoggerBase):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(
-            self, scheduler_stats: Any = None, *_args: Any, **_kwargs: Any
-        ) -> None:
-            if scheduler_stats is not None:
-                signals(
-                    Signals(
-                        waiting_requests=scheduler_stats.num_waiting_reqs
-                        + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0),
-                        running_requests=scheduler_stats.num_running_reqs,
-                        kv_usage=scheduler_stats.kv_cache_usage,
-                    )
-                )
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return Listener
 
 
 def processes(llm: Any) -> list[Any]:

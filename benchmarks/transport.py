@@ -1,0 +1,166 @@
+"""Measure the NIXL transport between two processes over DRAM.
+
+    python benchmarks/transport.py
+
+`measure()` returns the figures of `bench.json`; each is a median of several
+rounds after a warm-up.  Time runs from the call that lets the source go until
+the target has verified the last byte, on the one monotonic clock that all
+processes of a Linux machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from llmd.adapters.nixl import NixlTransport, Slab
+from llmd.transport import Fetch, Layout, Offer, TransferEnded, TransferId
+
+KEY = b"benchmark of one machine, no secret"
+MOVED_BYTES = 128 << 20
+ROUNDS = 7
+
+
+def layout_of(block_bytes: int, layers: int = 1) -> Layout:
+    return Layout(
+        model="none",
+        dtype="u8",
+        layers=layers,
+        block_tokens=1,
+        block_bytes=block_bytes,
+    )
+
+
+def open_slab(layout: Layout, blocks: int) -> np.ndarray:
+    array = np.empty((layout.layers, blocks, layout.block_bytes), np.uint8)
+    array[:] = np.arange(251, dtype=np.uint8)[np.arange(layout.block_bytes) % 251]
+    return array
+
+
+def wait_for_end(transport: NixlTransport, id: TransferId) -> TransferEnded:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        for report in transport.poll():
+            if isinstance(report, TransferEnded) and report.id == id:
+                return report
+        time.sleep(2e-4)
+    raise TimeoutError(f"{id} never ended; {transport.counts}")
+
+
+def target_process(pipe: Connection) -> None:
+    """Serve fetches in the order the source's process names them."""
+    while (job := pipe.recv()) is not None:
+        layout, blocks, checksums, address = job
+        array = open_slab(layout, blocks)
+        array[:] = 0
+        with NixlTransport(Slab.of(array, layout), KEY, checksums=checksums) as mine:
+            peer = mine.connect(address)
+            pipe.send("connected")
+            while (wanted := pipe.recv()) is not None:
+                id, order = wanted
+                mine.fetch(Fetch(id=id, peer=peer, blocks=order, early=True))
+                pipe.send("asked")
+                ended = wait_for_end(mine, id)
+                pipe.send((ended.at, ended.error))
+
+
+class Pair:
+    """A source here and a target in another process."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=target_process, args=(theirs,))
+        self.process.start()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+
+    def receive(self):
+        if not self.pipe.poll(60):
+            raise TimeoutError("the target's process is silent")
+        return self.pipe.recv()
+
+    def rounds(self, layout, blocks, count, rounds, *, checksums=True, layer_s=0.0):
+        """Return the seconds of each round; of the tail, if layers take time."""
+        array = open_slab(layout, blocks)
+        rng = np.random.default_rng(0)
+        seconds = []
+        with NixlTransport(Slab.of(array, layout), KEY, checksums=checksums) as mine:
+            self.pipe.send((layout, blocks, checksums, mine.address()))
+            assert self.receive() == "connected"
+            for i in range(rounds + 2):
+                id = TransferId.fresh(str(i))
+                source = rng.permutation(blocks)[:count].tolist()
+                self.pipe.send((id, rng.permutation(blocks)[:count].tolist()))
+                assert self.receive() == "asked"
+                time.sleep(5e-4)  # the early fetch gets there; both ends are awake
+                begun = time.monotonic()
+                mine.offer(Offer(id=id, blocks=source, ready=not layer_s))
+                for layer in range(layout.layers if layer_s else 0):
+                    time.sleep(layer_s)  # what the model would compute meanwhile
+                    begun = time.monotonic()
+                    mine.ready(id, layer)
+                at, error = self.receive()
+                assert error is None, error
+                seconds.append(at - begun)
+                mine.poll()
+            self.pipe.send(None)
+        return seconds[2:]
+
+
+def memcpy_bytes_per_s(block_bytes: int) -> float:
+    """Copy scattered blocks within this process, as a yardstick."""
+    blocks = 2 * MOVED_BYTES // block_bytes
+    source = open_slab(layout_of(block_bytes), blocks)[0]
+    target = np.zeros_like(source)
+    order = np.random.default_rng(1).permutation(blocks)[: blocks // 2]
+    times = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        for i in order:
+            target[i] = source[i]
+        times.append(time.perf_counter() - begun)
+    return MOVED_BYTES / statistics.median(times)
+
+
+def measure() -> dict[str, float]:
+    figures: dict[str, float] = {}
+    pair = Pair()
+    try:
+        for name, block_bytes in (("256k", 1 << 18), ("1m", 1 << 20)):
+            count = MOVED_BYTES // block_bytes
+            copied = memcpy_bytes_per_s(block_bytes)
+            figures[f"transport.dram.memcpy_gb_per_s.{name}"] = copied / 1e9
+            for suffix, checksums in (("", True), (".unchecked", False)):
+                seconds = pair.rounds(
+                    layout_of(block_bytes),
+                    2 * count,
+                    count,
+                    ROUNDS,
+                    checksums=checksums,
+                )
+                rate = MOVED_BYTES / statistics.median(seconds)
+                figures[f"transport.dram.gb_per_s.{name}{suffix}"] = rate / 1e9
+                figures[f"transport.dram.ratio_to_memcpy.{name}{suffix}"] = (
+                    rate / copied
+                )
+        small = pair.rounds(layout_of(1 << 16), 256, 1, 200)
+        figures["transport.small.us"] = 1e6 * statistics.median(small)
+        tails = pair.rounds(layout_of(1 << 16, 16), 64, 32, 5, layer_s=0.010)
+        figures["transport.overlap.tail_ms"] = 1e3 * statistics.median(tails)
+    finally:
+        pair.close()
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=2))

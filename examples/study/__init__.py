@@ -1,0 +1,61 @@
+"""The rows of the GH200 study."""
+
+from .routing import (
+    approximate_routing,
+    kv_scoring,
+    new_prefix,
+    precise_routing,
+    queue_balancing,
+    several_models,
+)
+from .row import Row
+
+ROWS = [
+    Row(
+        1,
+        "approximate prefix-cache routing",
+        "5 requests behind one 220-token prompt, block 128: all on one replica, and"
+        " the hits its own counters can show at most",
+        approximate_routing,
+    ),
+    Row(
+        2,
+        "precise prefix-cache routing",
+        "the same from KV events, block 32 on one engine and 64 on the other, read"
+        " from the events",
+        precise_routing,
+    ),
+    Row(
+        3,
+        "new prefix goes to the less loaded replica",
+        "4 requests of an unseen prefix while one replica is busy",
+        new_prefix,
+    ),
+    Row(
+        4,
+        "queue-depth balancing",
+        "30 concurrent, 512 new tokens each, affinity left on one replica: nobody"
+        " gets fewer than 10",
+        queue_balancing,
+    ),
+    Row(
+        5,
+        "KV-utilisation scoring",
+        "each score, weight and total of a decision, prefix x3 + kv x2 + queue x2",
+        kv_scoring,
+    ),
+    Row(
+        6,
+        "multi-model routing",
+        "a second model added and removed under load; an unknown one refused",
+        several_models,
+    ),
+    Row(7, "autoscaling", "20 concurrent requests: 1 -> up to 4 -> 1 replicas"),
+    Row(8, "selective P/D", "both branches of the decider on uncached tokens"),
+    Row(9, "KV transfer", "tokens as from an aggregated run"),
+    Row(10, "KV transfer between MIG instances", "detected before it starts"),
+    Row(11, "precise prefix routing + P/D", "one index serves both"),
+    Row(12, "2 prefill + 2 decode", "all four carry traffic"),
+]
+
+__all__ = ["ROWS", "Row"]

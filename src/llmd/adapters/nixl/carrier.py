@@ -1,0 +1,230 @@
+"""Carries out what an `Endpoint` wants, with a NIXL agent; for one thread only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import numpy as np
+
+from ...errors import TransferError
+from ...transport.endpoint import Endpoint
+from ...transport.handshake import Address
+from ...transport.interface import PeerId
+from ...transport.outbox import Drop, Effect, Meet, Send, Write
+from .slab import Slab, descriptors
+
+_log = logging.getLogger(__name__)
+_LOCAL = "NIXL_INIT_AGENT"
+
+
+@attrs.define(eq=False)
+class _Reached:
+    """A peer that the agent can write to."""
+
+    address: Address
+    blocks: Any
+    """Prepared descriptors of every block there, by layer and block."""
+
+
+@attrs.define(eq=False)
+class Carrier:
+    """A NIXL agent with one slab.
+
+    NIXL's errors share no type, so every call that reaches a peer catches all
+    of them and takes the peer for dead: what cannot be written to cannot be
+    worked with, and a peer that lives will be met again.
+
+    Attributes:
+        endpoint: What to carry for.
+        slab: What to register, once, in as few regions as it has.
+        written: Some write has ended well.
+    """
+
+    endpoint: Endpoint
+    slab: Slab
+    written: bool = attrs.field(default=False, init=False)
+    _agent: Any = attrs.field(init=False)
+    _local: Any = attrs.field(init=False)
+    _registered: Any = attrs.field(init=False)
+    _known: dict[PeerId, Address] = attrs.field(factory=dict, init=False)
+    _reached: dict[PeerId, _Reached] = attrs.field(factory=dict, init=False)
+    _flying: dict[int, tuple[PeerId, Any]] = attrs.field(factory=dict, init=False)
+    _abandoned: list[Any] = attrs.field(factory=list, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config
+
+        slab, endpoint = self.slab, self.endpoint
+        config = nixl_agent_config(enable_prog_thread=False)
+        self._agent = nixl_agent(endpoint.id, config)
+        self._registered = self._agent.register_memory(slab.regions(), slab.memory)
+        self._local = self._prepare(_LOCAL, slab.bases, slab.blocks, slab.device)
+        endpoint.address = Address(
+            id=endpoint.id,
+            layout=slab.layout,
+            blocks=slab.blocks,
+            bases=slab.bases,
+            memory=slab.memory,
+            device=slab.device,
+            metadata=self._agent.get_agent_metadata(),
+        ).sign(endpoint.key)
+
+    def reach(self, address: Address, now: float) -> bool:
+        """Make a peer writable; return whether it is."""
+        if address.id in self._reached:
+            return True
+        self._known[address.id] = address
+        try:
+            self._agent.add_remote_agent(address.metadata)
+            blocks = self._prepare(
+                address.id,
+                address.bases,
+                address.blocks,
+                address.device,
+                address.memory,
+            )
+        except Exception as error:
+            self.endpoint.died(address.id, f"NIXL refuses the peer: {error}", now)
+            return False
+        self._reached[address.id] = _Reached(address, blocks)
+        return True
+
+    def step(self, now: float) -> bool:
+        """Take in what arrived and what ended; return whether anything did."""
+        moved = False
+        for sender, messages in self._agent.get_new_notifs().items():
+            for message in messages:
+                self.endpoint.heard(sender, message, now)
+                self.carry()
+            moved = True
+        for token in list(self._flying):
+            moved |= self._check(token, now)
+        return moved
+
+    def carry(self) -> None:
+        """Carry out all effects."""
+        effects = self.endpoint.outbox.effects
+        while effects:
+            self._do(effects.popleft())
+
+    def close(self) -> None:
+        """Let go of everything; what is in flight to a hung peer is left to it."""
+        for peer in list(self._reached):
+            self._drop(peer)
+        self._local = None
+        self._agent.deregister_memory(self._registered)
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Send(peer=peer, frame=frame):
+                data = frame.seal(self.endpoint.key, self.endpoint.id, peer)
+                self._to(peer, lambda: self._agent.send_notif(peer, data))
+            case Write(peer=peer):
+                if not self._to(peer, lambda: self._write(effect)):
+                    self.endpoint.wrote(effect.token, "the peer died", time.monotonic())
+            case Meet(peer=peer, address=signed):
+                self._meet(peer, signed)
+            case Drop(peer=peer):
+                self._drop(peer)
+
+    def _meet(self, peer: PeerId, signed: bytes) -> None:
+        now, mine = time.monotonic(), self.endpoint
+        try:
+            address = Address.verify(signed, mine.key, mine.layout)
+        except TransferError as error:
+            _log.warning("a peer was refused: %s", error)
+            mine.died(peer, str(error), now)
+            return
+        self.reach(address, now)
+
+    def _to(self, peer: PeerId, act: Callable[[], object]) -> bool:
+        """Do something that needs *peer*; return whether it could be done."""
+        now = time.monotonic()
+        if peer not in self._reached:
+            address = self._known.get(peer)
+            met = peer in self.endpoint.peers
+            if address is None or not met or not self.reach(address, now):
+                return False
+        try:
+            act()
+        except Exception as error:
+            self._drop(peer)
+            self._known.pop(peer, None)
+            reason = f"the peer is gone: {type(error).__name__}"
+            self.endpoint.died(peer, reason, now)
+            return False
+        return True
+
+    def _write(self, write: Write) -> None:
+        blocks = self.slab.blocks
+        reached = self._reached[write.peer]
+        source = write.source + write.layer * blocks
+        target = write.target + write.layer * reached.address.blocks
+        # NIXL merges neighbours itself where they are neighbours on both sides.
+        handle = self._agent.make_prepped_xfer(
+            "WRITE",
+            self._local,
+            source.astype(np.int32),
+            reached.blocks,
+            target.astype(np.int32),
+            write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer),
+        )
+        self._flying[write.token] = (write.peer, handle)
+        try:
+            self._agent.transfer(handle)
+        except Exception:
+            del self._flying[write.token]
+            self._abandoned.append(handle)
+            raise
+        self._check(write.token, time.monotonic())
+
+    def _check(self, token: int, now: float) -> bool:
+        """Report a write if it has ended."""
+        peer, handle = self._flying.get(token, ("", None))
+        if handle is None:  # its peer died while others were looked at
+            return False
+        try:
+            if self._agent.check_xfer_state(handle) == "PROC":
+                return False
+        except Exception as error:
+            del self._flying[token]
+            self._abandoned.append(handle)
+            self._drop(peer)
+            self._known.pop(peer, None)
+            self.endpoint.died(peer, f"the peer is gone: {type(error).__name__}", now)
+            return True
+        del self._flying[token]
+        self._agent.release_xfer_handle(handle)
+        self.written = True
+        self.endpoint.wrote(token, None, now)
+        return True
+
+    def _drop(self, peer: PeerId) -> None:
+        """Cut a peer off.
+
+        A write in flight cannot be called back, so its handle is kept as long
+        as the agent rather than released under it.
+        """
+        for token in [t for t, (to, _) in self._flying.items() if to == peer]:
+            self._abandoned.append(self._flying.pop(token)[1])
+        if self._reached.pop(peer, None) is not None:
+            try:
+                self._agent.remove_remote_agent(peer)
+            except Exception as error:
+                _log.info("NIXL will not forget %s: %s", peer, error)
+
+    def _prepare(
+        self,
+        agent: str,
+        bases: tuple[int, ...],
+        blocks: int,
+        device: int,
+        memory: str = "",
+    ) -> Any:
+        rows = descriptors(bases, blocks, self.slab.layout.block_bytes, device)
+        listed = self._agent.get_xfer_descs(rows, memory or self.slab.memory)
+        return self._agent.prep_xfer_dlist(agent, listed)

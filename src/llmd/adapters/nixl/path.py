@@ -1,0 +1,134 @@
+"""Which way UCX sends bytes, read from its own log.
+
+`UCX_PROTO_INFO` makes UCX print a table for each kind of operation between two
+ends, with the protocol of each range of sizes:
+
+    | remote memory write by ucp_put* from host memory to host |
+    | 0..inf | zero-copy   | cma/memory                        |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path as File
+
+import attrs
+
+_ROW = re.compile(r"\|\s*([\w.<>+ ]+?)\s*\|\s*([^|]+?)\s*\|\s*([^|]+?)\s*\|\s*$")
+_SLOW = ("tcp",)
+
+
+@attrs.frozen
+class Path:
+    """One way that UCX chose.
+
+    Attributes:
+        operation: In UCX's words, for example "remote memory write by ucp_put*".
+        sizes: Bytes it is for.
+        protocol: How, for example "zero-copy".
+        lanes: Over what, for example "cma/memory" or "cuda_ipc/cuda".
+
+    >>> Path("remote memory write", "0..inf", "zero-copy", "tcp/lo").slow
+    True
+    """
+
+    operation: str
+    sizes: str
+    protocol: str
+    lanes: str
+
+    @property
+    def slow(self) -> bool:
+        """It goes through the kernel's network stack."""
+        return self.lanes.startswith(_SLOW) or "/tcp" in self.lanes
+
+    @property
+    def writes(self) -> bool:
+        """It is how a peer's memory is written."""
+        return self.operation.startswith("remote memory write")
+
+
+@attrs.define(eq=False)
+class PathLog:
+    """A log that UCX writes its choices to, of all agents of this process.
+
+    UCX reads its environment once, when its first context is made, so this
+    must be made before the first NIXL agent of the process.
+
+    Attributes:
+        file: The log.
+    """
+
+    file: File
+
+    @classmethod
+    def begin(cls) -> PathLog | None:
+        """Let UCX log its choices; None if the user logs elsewhere already."""
+        if "UCX_LOG_FILE" in os.environ:
+            chosen = File(os.environ["UCX_LOG_FILE"])
+            return cls(chosen) if os.environ.get("UCX_PROTO_INFO") == "y" else None
+        handle, name = tempfile.mkstemp(prefix="llmd-ucx-", suffix=".log")
+        os.close(handle)
+        os.environ["UCX_LOG_FILE"] = name
+        os.environ.setdefault("UCX_PROTO_INFO", "y")
+        return cls(File(name))
+
+    def paths(self) -> list[Path]:
+        """Return what was chosen so far, oldest first."""
+        try:
+            return parse(self.file.read_text(errors="replace"))
+        except OSError:
+            return []
+
+    def write_path(self) -> Path | None:
+        """Return how large blocks are written to the peer met last."""
+        writes = [path for path in self.paths() if path.writes]
+        large = [path for path in writes if path.sizes.endswith("inf")]
+        return large[-1] if large else None
+
+
+def parse(log: str) -> list[Path]:
+    """Read the tables in *log*.
+
+    >>> parse('''
+    ... |  remote memory write by ucp_put* from host memory to host  |
+    ... |  Range  |  Description  |  Config  |
+    ... |  0..inf  |  zero-copy  |  cma/memory  |
+    ... ''')[0].lanes
+    'cma/memory'
+    """
+    found, operation = [], ""
+    for line in log.splitlines():
+        cells = [cell.strip() for cell in line.partition("|")[2].split("|")][:-1]
+        if len(cells) == 1 and not cells[0].endswith(tuple("0123456789")):
+            operation = cells[0]
+        elif len(cells) == 3 and cells[0] != "Range":
+            found.append(Path(operation, *cells))
+    return found
+
+
+def why_slow(
+    memory: str, *, same_host: bool = True, vmm: bool = False, mig: bool = False
+) -> str:
+    """Say what is likely to have made UCX fall back to TCP.
+
+    The causes are those of nixl#1754 (VMM memory), nixl PR#2208 (READ without
+    NVLink), and CUDA's own limits on IPC.
+    """
+    tls = os.environ.get("UCX_TLS", "")
+    if tls and not any(name in tls for name in ("all", "cma", "sm", "rc", "cuda_ipc")):
+        return f"UCX_TLS={tls} leaves it no other way"
+    if not same_host:
+        return "the peer is on another host and no RDMA device was found"
+    if memory == "DRAM":
+        return (
+            "cross-memory attach is not permitted: processes in different user or"
+            " PID namespaces, or ptrace_scope forbids it"
+        )
+    if mig:
+        return "CUDA IPC does not cross MIG instances"
+    if vmm:
+        return "the memory is mapped by VMM (expandable segments); use cudaMalloc"
+    return "CUDA IPC is not permitted: separate IPC namespaces, or VMM memory"

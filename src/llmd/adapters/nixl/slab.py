@@ -1,0 +1,96 @@
+"""The memory that a transport moves blocks in and out of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import TransferError
+from ...transport.frames import Words
+from ...transport.interface import Layout
+from ...transport.outbox import Blocks, Sums
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Slab:
+    """Layers of blocks at fixed addresses.
+
+    Attributes:
+        layout: What is in it.
+        blocks: In each layer.
+        bases: Address of each layer, `layout.layers` of them.
+        memory: "DRAM" or "VRAM".
+        device: Which GPU, for VRAM.
+        sums: Checksums of blocks of a layer; None if there is no way to read
+            the memory from here.
+        owner: Kept alive as long as the slab.
+
+    >>> layout = Layout(model="m", dtype="u8", layers=2, block_tokens=1,
+    ...                 block_bytes=8)
+    >>> slab = Slab.of(np.zeros((2, 4, 8), np.uint8), layout)
+    >>> slab.bases[1] - slab.bases[0]
+    32
+    """
+
+    layout: Layout
+    blocks: int
+    bases: tuple[int, ...]
+    memory: str = "DRAM"
+    device: int = 0
+    sums: Sums | None = None
+    owner: Any = attrs.field(default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.bases) != self.layout.layers:
+            raise TransferError(
+                f"{len(self.bases)} addresses for {self.layout.layers} layers"
+            )
+
+    @classmethod
+    def of(cls, array: NDArray[np.uint8], layout: Layout) -> Slab:
+        """Return the slab in *array*, C-contiguous, (layers, blocks, block_bytes)."""
+        if array.ndim != 3 or array.shape[::2] != (layout.layers, layout.block_bytes):
+            raise TransferError(f"an array of shape {array.shape} for {layout}")
+        if not array.flags.c_contiguous or array.dtype != np.uint8:
+            raise TransferError("a slab is a C-contiguous array of bytes")
+        stride = array.shape[1] * layout.block_bytes
+        bases = tuple([array.ctypes.data + i * stride for i in range(layout.layers)])
+        return cls(
+            layout=layout,
+            blocks=array.shape[1],
+            bases=bases,
+            sums=lambda layer, blocks: xxh3(array[layer], blocks),
+            owner=array,
+        )
+
+    def regions(self) -> list[tuple[int, int, int, str]]:
+        """Return (address, bytes, device, "") of as few regions as cover it."""
+        layer_bytes = self.blocks * self.layout.block_bytes
+        merged: list[list[int]] = []
+        for base in sorted(self.bases):
+            if merged and merged[-1][0] + merged[-1][1] == base:
+                merged[-1][1] += layer_bytes
+            else:
+                merged.append([base, layer_bytes])
+        return [(base, length, self.device, "") for base, length in merged]
+
+
+def descriptors(
+    bases: tuple[int, ...], blocks: int, block_bytes: int, device: int
+) -> NDArray[np.uint64]:
+    """Return (address, bytes, device) of every block, layer by layer, (n, 3)."""
+    rows = np.empty((len(bases), blocks, 3), dtype=np.uint64)
+    offsets = np.arange(blocks, dtype=np.uint64) * np.uint64(block_bytes)
+    rows[:, :, 0] = np.array(bases, dtype=np.uint64)[:, None] + offsets
+    rows[:, :, 1], rows[:, :, 2] = block_bytes, device
+    return rows.reshape(-1, 3)
+
+
+def xxh3(layer: NDArray[np.uint8], blocks: Blocks) -> Words:
+    """Checksum *blocks* of *layer*, (blocks, block_bytes), at 8-12 GB/s a core."""
+    from xxhash import xxh3_64_intdigest  # the wheel of the extra
+
+    return np.array([xxh3_64_intdigest(layer[i]) for i in blocks], dtype=np.uint64)

@@ -1,0 +1,252 @@
+"""A transport between processes over NIXL."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TypeVar
+
+from ...errors import TransferError
+from ...transport.endpoint import Endpoint
+from ...transport.frames import Frame, Kind
+from ...transport.handshake import Address
+from ...transport.interface import (
+    Fetch,
+    KVTransport,
+    Offer,
+    PeerId,
+    Report,
+    TransferId,
+)
+from ...transport.local import drain, held
+from ...transport.outbox import Settings
+from .carrier import Carrier
+from .path import Path, PathLog, why_slow
+from .slab import Slab
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_SPIN_S = 2e-3
+_BUSY_NAP_S = 5e-5
+_IDLE_NAP_S = 2e-3
+_TICK_S = 1e-2
+_CLOSE_S = 1.0
+_GOODBYE_STEPS = 20
+
+
+class NixlTransport(KVTransport):
+    """Pushes blocks of a slab to other processes by one-sided writes.
+
+    One thread owns the NIXL agent, which is not safe for several, and NIXL's own
+    progress thread is off: a loop that spins while something moves and naps
+    otherwise has a notification across in 12 us, where the progress thread beside
+    a busy interpreter takes 8-40 ms.  Calls are handed to that thread and do not
+    wait for the network.
+
+    Anyone with *key* may read and write the slab through its peers; NIXL itself
+    neither encrypts nor authenticates, so the key guards the way in, not the wire.
+    """
+
+    def __init__(
+        self,
+        slab: Slab,
+        key: bytes,
+        *,
+        settings: Settings | None = None,
+        checksums: bool = True,
+        wake: Callable[[], object] | None = None,
+    ) -> None:
+        """Register the slab and start the owner thread.
+
+        Args:
+            slab: Stays mapped until `close` has returned.
+            key: Shared with all peers, at least 16 bytes.
+            settings: How transfers are cut, watched and retried.
+            checksums: Check every block on arrival.
+            wake: Called from the owner thread when there is something to poll.
+
+        Raises:
+            TransferError: NIXL or UCX is not there, or refuses the memory.
+        """
+        if len(key) < 16:
+            raise TransferError("the key is too short to guard anything")
+        if checksums and slab.sums is None:
+            raise TransferError("this slab has no checksums; say checksums=False")
+        self._slab, self._wake = slab, wake
+        self._endpoint = Endpoint(
+            uuid.uuid4().hex,
+            key,
+            slab.layout,
+            slab.blocks,
+            slab.sums if checksums else None,
+            settings or Settings(),
+        )
+        self._calls: deque[Callable[[], None]] = deque()
+        self._called = threading.Event()
+        self._reports: deque[Report] = deque()
+        self._counts: Mapping[str, int] = {}
+        self._paths = PathLog.begin()
+        self._path: Path | None = None
+        self._closing = False
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._own, args=(started,), name="llmd-nixl", daemon=True
+        )
+        self._thread.start()
+        started.result()
+
+    @property
+    def id(self) -> PeerId:
+        return self._endpoint.id
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self._counts
+
+    @property
+    def path(self) -> Path | None:
+        """How UCX writes to the peer met last; None before the first write."""
+        return self._path
+
+    def address(self) -> bytes:
+        return self._endpoint.address
+
+    def connect(self, address: bytes) -> PeerId:
+        endpoint = self._endpoint
+        found = Address.verify(address, endpoint.key, endpoint.layout)
+        self._call(lambda: self._meet(found))
+        return found.id
+
+    def offer(self, offer: Offer) -> None:
+        self._ask(lambda: self._endpoint.offer(offer, time.monotonic()))
+
+    def ready(self, id: TransferId, layer: int) -> None:
+        self._call(lambda: self._endpoint.ready(id, layer))
+
+    def fetch(self, fetch: Fetch) -> None:
+        self._ask(lambda: self._endpoint.fetch(fetch, time.monotonic()))
+
+    def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
+        self._call(lambda: self._endpoint.cancel(id, reason, time.monotonic()))
+
+    def poll(self) -> list[Report]:
+        reports = []
+        with contextlib.suppress(IndexError):
+            while True:
+                reports.append(self._reports.popleft())
+        return reports
+
+    def close(self) -> None:
+        self._closing = True
+        self._called.set()
+        self._thread.join()
+        self._reports.extend(drain(self._endpoint))
+
+    def _call(self, act: Callable[[], None]) -> None:
+        """Let the owner thread *act* soon."""
+        if self._closing:
+            raise TransferError("the transport is closed")
+        self._calls.append(act)
+        self._called.set()
+
+    def _ask(self, act: Callable[[], None]) -> None:
+        """Let the owner thread *act*, and raise here what it raises."""
+        answer: Future[None] = Future()
+
+        def answering() -> None:
+            try:
+                act()
+                answer.set_result(None)
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._call(answering)
+        # Bounded: the owner thread never waits for a peer.
+        answer.result(timeout=30.0)
+
+    # What follows runs in the owner thread.
+
+    def _own(self, started: Future[None]) -> None:
+        try:
+            self._carrier = Carrier(self._endpoint, self._slab)
+        except Exception as error:
+            started.set_exception(TransferError(f"NIXL cannot start: {error}"))
+            return
+        started.set_result(None)
+        moved_at = ticked_at = time.monotonic()
+        while not self._closing:
+            now = time.monotonic()
+            if self._step(now):
+                moved_at = now
+            if now - ticked_at >= _TICK_S:
+                ticked_at = now
+                self._tick(now)
+            if now - moved_at >= _SPIN_S:
+                self._nap()
+            else:
+                time.sleep(0)  # lets other threads have the interpreter
+        self._wind_up()
+
+    def _step(self, now: float) -> bool:
+        """Do what there is to do; return whether there was anything."""
+        moved = self._carrier.step(now)
+        while self._calls:
+            self._calls.popleft()()
+            moved = True
+        self._carrier.carry()
+        reports = drain(self._endpoint)
+        if reports:
+            self._counts = held(self._endpoint)
+            self._reports.extend(reports)
+            if self._wake is not None:
+                self._wake()
+        return moved
+
+    def _tick(self, now: float) -> None:
+        self._endpoint.tick(now)
+        self._counts = held(self._endpoint)
+        if self._path is None and self._carrier.written and self._paths is not None:
+            self._path = self._paths.write_path()
+            if self._path is not None and self._path.slow:
+                _log.warning(
+                    "blocks go over %s: %s",
+                    self._path.lanes,
+                    why_slow(self._slab.memory),
+                )
+
+    def _nap(self) -> None:
+        counts = held(self._endpoint)
+        busy = counts["offers"] or counts["fetches"] or counts["writes"]
+        if self._called.wait(_BUSY_NAP_S if busy else _IDLE_NAP_S):
+            self._called.clear()
+
+    def _meet(self, address: Address) -> None:
+        now = time.monotonic()
+        if self._carrier.reach(address, now):
+            self._endpoint.meet(address.id, now)
+
+    def _wind_up(self) -> None:
+        """End everything, and leave only when no peer can write here any more."""
+        until = time.monotonic() + _CLOSE_S
+        self._endpoint.close(time.monotonic())
+        while time.monotonic() < until:
+            self._step(time.monotonic())
+            counts = held(self._endpoint)
+            if not counts["writes"] and not counts["fetches"]:
+                break
+            time.sleep(_BUSY_NAP_S)
+        for peer in list(self._endpoint.peers):
+            self._endpoint.outbox.send(peer, Frame(Kind.BYE))
+        self._carrier.carry()
+        for _ in range(_GOODBYE_STEPS):  # UCX sends only when it is looked at
+            self._carrier.step(time.monotonic())
+            time.sleep(_BUSY_NAP_S)
+        self._counts = held(self._endpoint)
+        self._carrier.close()

@@ -1,0 +1,57 @@
+"""Kubernetes quantities, such as 500m and 8Gi, in whole thousandths."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import TypeAlias
+
+from ...errors import InvalidPolicy
+
+Quantity: TypeAlias = str | int | float | Fraction
+
+_FORM = re.compile(
+    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))"
+    r"(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d{1,2})?"
+)
+_DECIMAL = {
+    suffix: Fraction(10) ** (3 * step) for step, suffix in enumerate("kMGTPE", 1)
+}
+_SMALL = {suffix: Fraction(10) ** (-3 * step) for step, suffix in enumerate("mun", 1)}
+_BINARY = {
+    f"{suffix}i": Fraction(1024) ** step for step, suffix in enumerate("KMGTPE", 1)
+}
+_FACTORS = _DECIMAL | _SMALL | _BINARY
+
+
+def milli(quantity: Quantity) -> int:
+    """Return *quantity* in thousandths, rounded away from zero as Kubernetes does.
+
+    Grammar: k8s.io/apimachinery pkg/api/resource/quantity.go.
+
+    Raises:
+        InvalidPolicy: It is no quantity.
+
+    >>> milli("500m"), milli("8Gi"), milli(0.8), milli("1e3")
+    (500, 8589934592000, 800, 1000000)
+    """
+    thousandths = _value(quantity) * 1000
+    size = math.ceil(abs(thousandths))
+    return size if thousandths >= 0 else -size
+
+
+def _value(quantity: Quantity) -> Fraction:
+    if isinstance(quantity, bool):
+        raise InvalidPolicy(f"{quantity!r} is no quantity")
+    if isinstance(quantity, int | Fraction):
+        return Fraction(quantity)
+    # By way of its shortest decimal form, so that 0.1 is a tenth.
+    text = repr(quantity) if isinstance(quantity, float) else str(quantity).strip()
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise InvalidPolicy(f"{quantity!r} is no quantity")
+    number, suffix = Fraction(form["number"]), form["suffix"] or ""
+    if suffix in _FACTORS:
+        return number * _FACTORS[suffix]
+    return number * Fraction(10) ** int(suffix[1:]) if suffix else number

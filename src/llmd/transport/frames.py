@@ -1,0 +1,140 @@
+"""What transports say to each other: one frame format, sealed.
+
+    kind, version, attempt, layer, start, generation, lengths | request | text |
+    values | seal
+
+Little endian.  `values` are unsigned 64-bit numbers whose meaning depends on
+the kind.  The seal is a keyed BLAKE2b over the frame and the ids of sender and
+receiver, both of which are new with every start, so a frame can be neither
+forged without the key nor replayed into another connection.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import struct
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TransferError
+from .interface import PeerId, TransferId
+
+VERSION = 1
+_HEAD = struct.Struct("<BBHIIQHII")
+_SEAL_BYTES = 16
+_NOTHING: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
+
+Words = NDArray[np.uint64]
+
+
+class Kind(enum.IntEnum):
+    """What a frame says, and what its fields then mean."""
+
+    HELLO = 1
+    """Text is the sender's address."""
+    ASK = 2
+    """Write to blocks *values*, from offered block *start* on; *layer* is 1 if
+    the offer may come later, *attempt* is unused; text is the time left in ms."""
+    DATA = 3
+    """Blocks *start*.. of *layer* are written; values are their checksums."""
+    ACK = 4
+    """Blocks *start*.. of *layer* are right, values[0] of them."""
+    NACK = 5
+    """Of those blocks, the ones at *values* are damaged."""
+    ABORT = 6
+    """Stop writing, and say FAIL when no write is in flight."""
+    FAIL = 7
+    """No write of this transfer is or will be in flight; text says why."""
+    BEAT = 8
+    """The sender is alive."""
+    BYE = 9
+    """The sender closes; no write of it is or will be in flight."""
+
+
+@attrs.frozen(eq=False)
+class Frame:
+    """One message.
+
+    >>> frame = Frame(Kind.ACK, "r", 7, layer=2, start=4)
+    >>> sent = frame.seal(b"k" * 32, "a", "b")
+    >>> Frame.unseal(sent, b"k" * 32, "a", "b").id
+    TransferId(request='r', generation=7)
+    """
+
+    kind: Kind
+    request: str = ""
+    generation: int = 0
+    layer: int = 0
+    attempt: int = 0
+    start: int = 0
+    values: Words = attrs.field(default=_NOTHING)
+    text: bytes = b""
+
+    @property
+    def id(self) -> TransferId:
+        """The transfer it is about."""
+        return TransferId(self.request, self.generation)
+
+    def seal(self, key: bytes, sender: PeerId, receiver: PeerId) -> bytes:
+        """Return the bytes to send."""
+        request = self.request.encode()
+        head = _HEAD.pack(
+            self.kind,
+            VERSION,
+            self.attempt,
+            self.layer,
+            self.start,
+            self.generation,
+            len(request),
+            len(self.text),
+            len(self.values),
+        )
+        body = b"".join((head, request, self.text, self.values.tobytes()))
+        return body + _seal(body, key, sender, receiver)
+
+    @classmethod
+    def unseal(cls, data: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> Frame:
+        """Return the frame in *data*.
+
+        Raises:
+            TransferError: It is damaged or forged, or of another version.
+        """
+        body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+        if not hmac.compare_digest(seal, _seal(body, key, sender, receiver)):
+            raise TransferError("a frame is not sealed with the shared key")
+        kind, version, attempt, layer, start, generation, *lengths = _HEAD.unpack_from(
+            body
+        )
+        if version != VERSION:
+            raise TransferError(f"frame version {version} there, {VERSION} here")
+        text_at = _HEAD.size + lengths[0]
+        values_at = text_at + lengths[1]
+        return cls(
+            Kind(kind),
+            body[_HEAD.size : text_at].decode(),
+            generation,
+            layer,
+            attempt,
+            start,
+            np.frombuffer(body, np.uint64, lengths[2], values_at),
+            body[text_at:values_at],
+        )
+
+
+def about(kind: Kind, id: TransferId, text: str = "") -> Frame:
+    """Return a frame that says no more than which transfer, and why."""
+    return Frame(kind, id.request, id.generation, text=text.encode()[:2000])
+
+
+def _seal(body: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> bytes:
+    digest = hashlib.blake2b(
+        f"{len(sender)}:{sender}{receiver}".encode(),
+        digest_size=_SEAL_BYTES,
+        key=key[:64],
+    )
+    digest.update(body)
+    return digest.digest()

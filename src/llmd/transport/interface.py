@@ -1,0 +1,247 @@
+"""The `KVTransport` interface and the values it exchanges."""
+
+from __future__ import annotations
+
+import abc
+import enum
+import secrets
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TypeAlias
+
+import attrs
+
+from ..errors import TransferError
+from ..types import RequestId
+
+PeerId: TypeAlias = str
+
+
+class Side(enum.Enum):
+    """Which end of a transfer a transport is."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+@attrs.frozen
+class TransferId:
+    """Names one hand-off; no two ever share a name.
+
+    Attributes:
+        request: The request whose prompt is handed off.
+        generation: Tells apart hand-offs of requests of one name, so that
+            what is left of an older one cannot be mistaken.
+    """
+
+    request: RequestId
+    generation: int
+
+    @classmethod
+    def fresh(cls, request: RequestId) -> TransferId:
+        """Return a name never used before.
+
+        >>> TransferId.fresh("r") != TransferId.fresh("r")
+        True
+        """
+        return cls(request, secrets.randbits(63))
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """What two transports must agree on before they exchange blocks.
+
+    Attributes:
+        model: Whose KV it is.
+        dtype: Of the cached values.
+        layers: Arrays of blocks in the slab; keys and values count apart if
+            they lie apart.
+        block_tokens: Tokens a block.
+        block_bytes: Bytes of one block in one layer.
+        order: How heads and tokens lie in a block, in words of the engine.
+
+    >>> ours = Layout(model="m", dtype="bf16", layers=2, block_tokens=16,
+    ...               block_bytes=1024)
+    >>> ours.mismatch(attrs.evolve(ours, dtype="fp8"))
+    ('dtype', "'bf16' here, 'fp8' there")
+    """
+
+    model: str
+    dtype: str
+    layers: int
+    block_tokens: int
+    block_bytes: int
+    order: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("layers", "block_tokens", "block_bytes"):
+            if getattr(self, name) < 1:
+                raise TransferError(f"{name} is {getattr(self, name)}, must be >= 1")
+
+    def mismatch(self, other: Layout) -> tuple[str, str] | None:
+        """Return the first field that differs and how, or None."""
+        for field in attrs.fields(Layout):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                return field.name, f"{ours!r} here, {theirs!r} there"
+        return None
+
+
+def _blocks(blocks: Iterable[int]) -> tuple[int, ...]:
+    return tuple([int(block) for block in blocks])
+
+
+@attrs.frozen(kw_only=True)
+class Offer:
+    """Blocks that a peer may fetch.
+
+    Attributes:
+        id: Of the hand-off.
+        blocks: Where the prompt's KV lies here, in order of its tokens.
+        ready: Every layer is computed; otherwise `KVTransport.ready` tells.
+        timeout_s: How long to keep it; after that a fetch is refused.
+    """
+
+    id: TransferId
+    blocks: tuple[int, ...] = attrs.field(converter=_blocks)
+    ready: bool = True
+    timeout_s: float = 30.0
+
+
+@attrs.frozen(kw_only=True)
+class Fetch:
+    """Blocks wanted from a peer that offers them.
+
+    Attributes:
+        id: Of the hand-off.
+        peer: Who offers it.
+        blocks: Where to put them here.
+        first: Leading blocks of the offer to skip, as they are here already.
+        early: The offer may come later; otherwise an unknown one is refused.
+        timeout_s: How long the whole may take.
+    """
+
+    id: TransferId
+    peer: PeerId
+    blocks: tuple[int, ...] = attrs.field(converter=_blocks)
+    first: int = 0
+    early: bool = False
+    timeout_s: float = 10.0
+
+
+@attrs.frozen
+class TransferEnded:
+    """The outcome of a transfer is known.
+
+    Attributes:
+        id: Of the hand-off.
+        side: Which end of it this transport was.
+        at: When, on the transport's clock, seconds.
+        error: Why it failed, in words; None if every block is there, verified.
+        retransmitted_blocks: Blocks sent again as they arrived damaged.
+    """
+
+    id: TransferId
+    side: Side
+    at: float
+    error: str | None = None
+    retransmitted_blocks: int = 0
+
+
+@attrs.frozen
+class BlocksFreed:
+    """No byte of a transfer can move any more: its blocks may be reused."""
+
+    id: TransferId
+    side: Side
+    at: float
+
+
+Report: TypeAlias = TransferEnded | BlocksFreed
+
+
+class KVTransport(abc.ABC):
+    """Hands KV blocks of one slab over to the slabs of its peers.
+
+    The source offers, the target fetches, and the source then writes: bytes
+    are pushed, never pulled.  No call blocks.  From `offer` or `fetch` on, each
+    transfer gives exactly one `TransferEnded` and after it, perhaps much later,
+    exactly one `BlocksFreed`.  In between its blocks are in quarantine: a write
+    may still land in them, or be read from them, so nobody else may use them.
+
+    Whatever fails, it fails with an error and never with wrong bytes.
+    """
+
+    @property
+    @abc.abstractmethod
+    def id(self) -> PeerId:
+        """This transport's name, never used before, not even by its last life."""
+
+    @abc.abstractmethod
+    def address(self) -> bytes:
+        """Return what a peer needs to `connect` here, opaque and signed."""
+
+    @abc.abstractmethod
+    def connect(self, address: bytes) -> PeerId:
+        """Make a peer reachable, both ways; repeats do no harm.
+
+        Raises:
+            HandshakeRefused: The address is forged, or the layouts differ.
+        """
+
+    @abc.abstractmethod
+    def offer(self, offer: Offer) -> None:
+        """Let the peer that knows its id fetch *offer*, once.
+
+        Raises:
+            TransferError: The id is taken, or a block is out of range.
+        """
+
+    @abc.abstractmethod
+    def ready(self, id: TransferId, layer: int) -> None:
+        """Note that *layer* of an offer is computed and may go."""
+
+    @abc.abstractmethod
+    def fetch(self, fetch: Fetch) -> None:
+        """Ask the peer for blocks.
+
+        Raises:
+            TransferError: The id is taken, the peer is not connected, or a
+                block is out of range, named twice or in quarantine.
+            CircuitOpen: The peer failed too often lately.
+        """
+
+    @abc.abstractmethod
+    def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
+        """Give a transfer up; it ends with *reason* as its error."""
+
+    @abc.abstractmethod
+    def poll(self) -> list[Report]:
+        """Return what ended or was freed since the last poll, in order."""
+
+    @property
+    @abc.abstractmethod
+    def counts(self) -> Mapping[str, int]:
+        """Totals since the start, for metrics and leak checks.
+
+        `offers`, `fetches`, `writes` and `quarantined_blocks` are what is held
+        now; the others only grow.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give up all transfers, tell the peers, let go; idempotent.
+
+        The slab must stay mapped until this returns.
+        """
+
+    def __enter__(self) -> KVTransport:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,111 @@
+"""What an endpoint wants done, and what it has to tell."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from .frames import Frame, Words
+from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
+
+Blocks: TypeAlias = NDArray[np.int64]
+Sums: TypeAlias = Callable[[int, Blocks], Words]
+"""Checksums of blocks of a layer of the slab."""
+
+
+@attrs.frozen(eq=False)
+class Send:
+    """Send *frame* to *peer*."""
+
+    peer: PeerId
+    frame: Frame
+
+
+@attrs.frozen(eq=False)
+class Write:
+    """Copy blocks of *layer* to *peer*, then deliver *frame* there.
+
+    Report the end of it to `Endpoint.wrote` under *token*, success or not, and
+    not before the last byte has moved.
+    """
+
+    token: int
+    peer: PeerId
+    layer: int
+    source: Blocks
+    target: Blocks
+    frame: Frame
+
+
+@attrs.frozen
+class Meet:
+    """Make *peer* at *address* reachable; if it cannot be, `Endpoint.died`."""
+
+    peer: PeerId
+    address: bytes
+
+
+@attrs.frozen
+class Drop:
+    """Cut *peer* off, also what is in flight to it."""
+
+    peer: PeerId
+
+
+Effect: TypeAlias = Send | Write | Meet | Drop
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """How transfers are cut, watched and retried.
+
+    Attributes:
+        piece_bytes: Most bytes of one write.  Small enough that checking one
+            piece overlaps with writing the next, and stays in the cache.
+        writes_in_flight: At once, to all peers.
+        max_attempts: Writes of one block before the transfer fails.
+        heartbeat_s: Between signs of life while transfers are open.
+        silence_s: Without a sign of life after which a peer counts as hung.
+        early_asks: Early requests held for offers still to come, at most.
+    """
+
+    piece_bytes: int = 1 << 22
+    writes_in_flight: int = 4
+    max_attempts: int = 3
+    heartbeat_s: float = 0.2
+    silence_s: float = 2.0
+    early_asks: int = 4096
+
+
+@attrs.define(eq=False)
+class Outbox:
+    """Effects for the driver and reports for the user, in order."""
+
+    effects: deque[Effect] = attrs.field(factory=deque)
+    reports: deque[Report] = attrs.field(factory=deque)
+    counts: Counter[str] = attrs.field(factory=Counter)
+
+    def send(self, peer: PeerId, frame: Frame) -> None:
+        """Send a frame."""
+        self.effects.append(Send(peer, frame))
+
+    def ended(
+        self,
+        id: TransferId,
+        side: Side,
+        at: float,
+        error: str | None,
+        retransmitted_blocks: int = 0,
+    ) -> None:
+        """Report an outcome."""
+        self.reports.append(TransferEnded(id, side, at, error, retransmitted_blocks))
+        self.counts["failed" if error is not None else "done"] += 1
+
+    def freed(self, id: TransferId, side: Side, at: float) -> None:
+        """Report that blocks may be reused."""
+        self.reports.append(BlocksFreed(id, side, at))

@@ -1,0 +1,224 @@
+"""The receiving side: fetches, and the check of what arrives."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TransferError
+from .frames import Frame, Kind, about
+from .interface import Fetch, PeerId, Side, TransferId
+from .outbox import Blocks, Outbox, Settings, Sums
+
+
+@attrs.define(eq=False)
+class Incoming:
+    """One fetch, from `fetch` until its blocks are free.
+
+    asked -> every block verified -> free
+      |
+      +-> failed -> quarantine -> the source said FAIL or BYE, or is dead -> free
+
+    Attributes:
+        fetch: It.
+        layers: Layers of the slab.
+        ends_at: When it is given up.
+        error: Why it failed; its blocks are in quarantine.
+        told_at: When the source was last asked to stop.
+        damaged_blocks: Blocks that arrived damaged.
+    """
+
+    fetch: Fetch
+    layers: int
+    ends_at: float
+    error: str | None = None
+    told_at: float = -np.inf
+    damaged_blocks: int = 0
+    _blocks: Blocks = attrs.field(init=False)
+    _due: NDArray[np.int16] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._blocks = np.array(self.fetch.blocks, dtype=np.int64)
+        # The attempt that is expected of each block, -1 once it is right.
+        self._due = np.zeros((self.layers, len(self._blocks)), dtype=np.int16)
+
+    def take(self, frame: Frame, sums: Sums | None) -> NDArray[np.int64] | None:
+        """Check what DATA says has arrived.
+
+        Returns:
+            Positions that are damaged, shape (n,); None if the frame is stale.
+        """
+        span = slice(frame.start, frame.start + len(frame.values))
+        if frame.layer >= self.layers or span.stop > len(self._blocks):
+            return None
+        due = self._due[frame.layer, span]
+        if not len(due) or (due != frame.attempt).any():
+            return None
+        if sums is None:
+            due[:] = -1
+            return np.empty(0, dtype=np.int64)
+        wrong = sums(frame.layer, self._blocks[span]) != frame.values
+        due[:] = np.where(wrong, frame.attempt + 1, -1)
+        self.damaged_blocks += int(wrong.sum())
+        return np.flatnonzero(wrong) + frame.start
+
+    @property
+    def complete(self) -> bool:
+        """Every block of every layer is right."""
+        return bool((self._due < 0).all())
+
+
+@attrs.define(eq=False)
+class Targets:
+    """All fetches of an endpoint."""
+
+    layers: int
+    sums: Sums | None
+    settings: Settings
+    outbox: Outbox
+    fetches: dict[TransferId, Incoming] = attrs.field(factory=dict)
+    taken: set[int] = attrs.field(factory=set)
+
+    def fetch(self, fetch: Fetch, now: float) -> None:
+        """Ask the source; from now on its blocks are taken.
+
+        Raises:
+            TransferError: A block is named twice, or is taken already.
+        """
+        blocks = set(fetch.blocks)
+        if len(blocks) != len(fetch.blocks):
+            raise TransferError("a block is named twice")
+        if not self.taken.isdisjoint(blocks):
+            held = sorted(self.taken & blocks)[:5]
+            raise TransferError(f"blocks {held} belong to a transfer not over yet")
+        self.taken |= blocks
+        incoming = Incoming(fetch, self.layers, now + fetch.timeout_s)
+        self.fetches[fetch.id] = incoming
+        if not blocks:
+            self.outbox.send(
+                fetch.peer, about(Kind.ABORT, fetch.id, "nothing is needed")
+            )
+            self._ended(incoming, now)
+            self._free(incoming, now)
+            return
+        ask = Frame(
+            Kind.ASK,
+            fetch.id.request,
+            fetch.id.generation,
+            layer=int(fetch.early),
+            start=fetch.first,
+            values=np.array(fetch.blocks, dtype=np.uint64),
+            text=str(int(1e3 * fetch.timeout_s)).encode(),
+        )
+        self.outbox.send(fetch.peer, ask)
+
+    def data(self, peer: PeerId, frame: Frame, now: float) -> bool:
+        """Check blocks that arrived; return whether that made a fetch whole."""
+        incoming = self._of(peer, frame)
+        damaged = None
+        if incoming is not None and incoming.error is None:
+            damaged = incoming.take(frame, self.sums)
+        if incoming is None or damaged is None:
+            self.outbox.counts["stale"] += 1
+            return False
+        if len(damaged):
+            self.outbox.counts["damaged_blocks"] += len(damaged)
+            if frame.attempt + 1 >= self.settings.max_attempts:
+                times = self.settings.max_attempts
+                self.fail(incoming, f"blocks arrived damaged {times} times", now)
+                return False
+            nack = attrs.evolve(
+                frame, kind=Kind.NACK, values=damaged.astype(np.uint64), text=b""
+            )
+            self.outbox.send(peer, nack)
+            good = np.ones(len(frame.values), dtype=np.bool_)
+            good[damaged - frame.start] = False
+            for position in np.flatnonzero(good):
+                self._acknowledge(peer, frame, frame.start + int(position), 1)
+            return False
+        self._acknowledge(peer, frame, frame.start, len(frame.values))
+        if not incoming.complete:
+            return False
+        self._ended(incoming, now)
+        self._free(incoming, now)
+        return True
+
+    def stopped(self, peer: PeerId, frame: Frame, now: float) -> bool:
+        """Take in FAIL: nothing is in flight; return whether it was news."""
+        incoming = self._of(peer, frame)
+        if incoming is None:
+            return False
+        news = incoming.error is None
+        if news:
+            incoming.error = frame.text.decode(errors="replace") or "the source failed"
+            self._ended(incoming, now)
+        self._free(incoming, now)
+        return news
+
+    def fail(self, incoming: Incoming, reason: str, now: float) -> None:
+        """Give a fetch up; its blocks stay in quarantine."""
+        if incoming.error is None:
+            incoming.error = reason
+            self._ended(incoming, now)
+            self._stop(incoming, now)
+
+    def lost(self, peer: PeerId, reason: str, now: float, *, cut: bool) -> None:
+        """Give up what *peer* was to send; *cut*: it can write no more."""
+        for incoming in [
+            inc for inc in self.fetches.values() if inc.fetch.peer == peer
+        ]:
+            if cut:
+                if incoming.error is None:
+                    incoming.error = reason
+                    self._ended(incoming, now)
+                self._free(incoming, now)
+            else:
+                self.fail(incoming, reason, now)
+
+    def tick(self, now: float) -> list[PeerId]:
+        """Give up what took too long; return the peers that were too slow."""
+        slow = []
+        for incoming in list(self.fetches.values()):
+            if incoming.error is None and incoming.ends_at <= now:
+                slow.append(incoming.fetch.peer)
+                self.fail(incoming, "the deadline passed", now)
+        return slow
+
+    def stop_again(self, peer: PeerId, now: float) -> None:
+        """Repeat ABORT to a peer that has not answered it."""
+        for incoming in self.fetches.values():
+            quiet = now - incoming.told_at >= self.settings.heartbeat_s
+            if incoming.fetch.peer == peer and incoming.error is not None and quiet:
+                self._stop(incoming, now)
+
+    def _of(self, peer: PeerId, frame: Frame) -> Incoming | None:
+        incoming = self.fetches.get(frame.id)
+        if incoming is None or incoming.fetch.peer != peer:
+            return None
+        return incoming
+
+    def _acknowledge(self, peer: PeerId, frame: Frame, start: int, blocks: int) -> None:
+        values = np.array([blocks], dtype=np.uint64)
+        ack = attrs.evolve(frame, kind=Kind.ACK, start=start, values=values, text=b"")
+        self.outbox.send(peer, ack)
+
+    def _stop(self, incoming: Incoming, now: float) -> None:
+        incoming.told_at = now
+        fetch = incoming.fetch
+        reason = f"the target gave up: {incoming.error}"
+        self.outbox.send(fetch.peer, about(Kind.ABORT, fetch.id, reason))
+
+    def _ended(self, incoming: Incoming, now: float) -> None:
+        self.outbox.ended(
+            incoming.fetch.id,
+            Side.TARGET,
+            now,
+            incoming.error,
+            incoming.damaged_blocks,
+        )
+
+    def _free(self, incoming: Incoming, now: float) -> None:
+        del self.fetches[incoming.fetch.id]
+        self.taken.difference_update(incoming.fetch.blocks)
+        self.outbox.freed(incoming.fetch.id, Side.TARGET, now)

@@ -1,0 +1,323 @@
+"""One contract for every transport; it runs on each of them."""
+
+import itertools
+import time
+
+import attrs
+import numpy as np
+import pytest
+
+from llmd.errors import CircuitOpen, HandshakeRefused, TransferError
+from llmd.transport import (
+    BlocksFreed,
+    Fetch,
+    Layout,
+    LocalLink,
+    LocalTransport,
+    Offer,
+    Settings,
+    Side,
+    TransferEnded,
+    TransferId,
+)
+
+LAYOUT = Layout(
+    model="m", dtype="f32", layers=3, block_tokens=16, block_bytes=4096, order="nhd"
+)
+QUICK = Settings(piece_bytes=4 * 4096, heartbeat_s=0.05, silence_s=0.5)
+
+
+class Local:
+    """Two transports over a modelled link, in virtual time."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.link = LocalLink(lambda: self.now, bytes_per_s=1e8, latency_s=1e-4)
+
+    def make(self, slab, layout=LAYOUT, key=None, settings=QUICK):
+        link = self.link
+        if key is not None:
+            link = attrs.evolve(self.link, key=key)
+        return LocalTransport(link, layout, slab, settings=settings)
+
+    def wait(self):
+        self.now += 1e-3
+
+
+class Nixl:
+    """Two agents of one process over shared memory, in real time."""
+
+    def make(self, slab, layout=LAYOUT, key=b"k" * 32, settings=QUICK):
+        from llmd.adapters.nixl import NixlTransport, Slab
+
+        return NixlTransport(Slab.of(slab, layout), key or b"k" * 32, settings=settings)
+
+    def wait(self):
+        time.sleep(1e-3)
+
+
+@pytest.fixture(params=[Local, Nixl])
+def world(request):
+    if request.param is Nixl:
+        pytest.importorskip("nixl")
+        pytest.importorskip("xxhash")
+    return request.param()
+
+
+class Pair:
+    """A source and a target, and all that they reported."""
+
+    def __init__(self, world, **kwargs):
+        rng = np.random.default_rng(0)
+        self.world = world
+        shape = (LAYOUT.layers, 64, LAYOUT.block_bytes)
+        self.theirs = rng.integers(0, 256, shape, dtype=np.uint8)
+        self.ours = np.zeros((LAYOUT.layers, 48, LAYOUT.block_bytes), np.uint8)
+        self.source = world.make(self.theirs, **kwargs)
+        self.target = world.make(self.ours, **kwargs)
+        self.reports = {Side.SOURCE: [], Side.TARGET: []}
+        self.peer = self.target.connect(self.source.address())
+
+    def poll(self):
+        for end in (self.source, self.target):
+            for report in end.poll():
+                self.reports[report.side].append(report)
+
+    def until(self, condition, steps=8000):
+        for _ in range(steps):
+            self.poll()
+            if condition():
+                return
+            self.world.wait()
+        pytest.fail(f"never happened; reports so far: {self.reports}")
+
+    def ended(self, id, side=Side.TARGET):
+        for report in self.reports[side]:
+            if isinstance(report, TransferEnded) and report.id == id:
+                return report
+        return None
+
+    def free(self, id, side=Side.TARGET):
+        return BlocksFreed in [type(r) for r in self.reports[side] if r.id == id]
+
+    def same(self, source, target):
+        return (self.theirs[:, source] == self.ours[:, target]).all()
+
+    def close(self):
+        self.source.close()
+        self.target.close()
+
+
+@pytest.fixture
+def pair(world):
+    pair = Pair(world)
+    yield pair
+    pair.close()
+
+
+def test_blocks_arrive_where_they_were_wanted(pair):
+    id = TransferId.fresh("r")
+    source, target = [3, 4, 5, 20, 9, 1], [40, 41, 42, 2, 7, 0]
+    pair.source.offer(Offer(id=id, blocks=source))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=target))
+    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    assert pair.ended(id).error is None
+    assert pair.ended(id, Side.SOURCE).error is None
+    assert pair.same(source, target)
+    rest = np.setdiff1d(np.arange(48), target)
+    assert not pair.ours[:, rest].any(), "a block nobody named was written"
+
+
+def test_each_transfer_ends_once_and_then_frees_once(pair):
+    ids = [TransferId.fresh(f"r{i}") for i in range(8)]
+    for i, id in enumerate(ids):
+        pair.source.offer(Offer(id=id, blocks=range(i, i + 5)))
+        pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=range(5 * i, 5 * i + 5)))
+    pair.until(lambda: all(pair.free(id, side) for id in ids for side in Side))
+    for side, id in itertools.product(Side, ids):
+        kinds = [type(r) for r in pair.reports[side] if r.id == id]
+        assert kinds == [TransferEnded, BlocksFreed]
+    held = ("offers", "fetches", "writes", "quarantined_blocks")
+    ends = (pair.source, pair.target)
+    pair.until(lambda: not any(end.counts[name] for end in ends for name in held))
+
+
+def test_leading_blocks_can_be_skipped(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[10, 11, 12, 13]))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[5, 6], first=2))
+    pair.until(lambda: pair.free(id))
+    assert pair.ended(id).error is None
+    assert pair.same([12, 13], [5, 6])
+
+
+def test_layers_go_as_they_are_ready_and_not_before(pair):
+    id = TransferId.fresh("r")
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2], early=True))
+    pair.source.offer(Offer(id=id, blocks=[8, 9], ready=False))
+    pair.source.ready(id, 1)
+    pair.until(lambda: (pair.ours[1, [1, 2]] == pair.theirs[1, [8, 9]]).all())
+    assert not pair.ours[0].any()
+    assert pair.ended(id) is None
+    pair.source.ready(id, 0)
+    pair.source.ready(id, 2)
+    pair.until(lambda: pair.free(id))
+    assert pair.ended(id).error is None
+    assert pair.same([8, 9], [1, 2])
+
+
+def test_a_fetch_of_nothing_lets_the_offer_go(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1]))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[]))
+    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    assert pair.ended(id).error is None
+
+
+def test_a_lapsed_offer_is_refused_and_never_read(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1, 2], timeout_s=0.02))
+    pair.until(lambda: pair.free(id, Side.SOURCE))
+    assert "nobody fetched" in pair.ended(id, Side.SOURCE).error
+    pair.theirs[:, [1, 2]] = 99  # reused for another request
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2]))
+    pair.until(lambda: pair.free(id))
+    assert "lapsed" in pair.ended(id).error
+    assert not pair.ours.any()
+
+
+def test_another_generation_is_another_transfer(pair):
+    id = TransferId.fresh("r")
+    other = attrs.evolve(id, generation=id.generation ^ 1)
+    pair.source.offer(Offer(id=id, blocks=[1]))
+    pair.target.fetch(Fetch(id=other, peer=pair.peer, blocks=[1]))
+    pair.until(lambda: pair.free(other))
+    assert "not offered" in pair.ended(other).error
+    assert pair.ended(id, Side.SOURCE) is None
+    assert not pair.ours.any()
+
+
+def test_an_offer_is_fetched_once(pair):
+    id = TransferId.fresh("r")
+    third = pair.world.make(np.zeros_like(pair.ours))
+    try:
+        pair.source.offer(Offer(id=id, blocks=[1], ready=False))
+        pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1]))
+        # Its HELLO and ASK must be there before the other's.
+        for _ in range(50):
+            pair.poll()
+            pair.world.wait()
+        peer = third.connect(pair.source.address())
+        third.fetch(Fetch(id=id, peer=peer, blocks=[1]))
+        got = []
+        pair.until(lambda: got.extend(third.poll()) or len(got) == 2)
+        assert "another peer" in got[0].error
+    finally:
+        third.close()
+
+
+def test_a_fetch_that_takes_too_long_frees_its_blocks_when_the_source_lets_go(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1, 2], ready=False))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2], timeout_s=0.1))
+    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    assert "deadline" in pair.ended(id).error
+    assert pair.ended(id, Side.SOURCE).error is not None
+    pair.source.ready(id, 0)  # too late, and harmless
+    for _ in range(20):
+        pair.poll()
+        pair.world.wait()
+    assert not pair.ours.any()
+
+
+@pytest.mark.parametrize("side", list(Side))
+def test_either_end_can_cancel(pair, side):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1, 2], ready=False))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2]))
+    for _ in range(20):
+        pair.poll()
+        pair.world.wait()
+    end = pair.source if side is Side.SOURCE else pair.target
+    end.cancel(id, "the client went away")
+    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    assert pair.ended(id, side).error == "the client went away"
+    assert pair.ended(id).error is not None
+
+
+def test_blocks_in_quarantine_cannot_be_fetched_into(pair):
+    id, other = TransferId.fresh("r"), TransferId.fresh("s")
+    pair.source.offer(Offer(id=id, blocks=[1, 2], ready=False))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[7, 8]))
+    with pytest.raises(TransferError, match="not over yet"):
+        pair.target.fetch(Fetch(id=other, peer=pair.peer, blocks=[8, 9]))
+
+
+def test_what_cannot_be_is_refused_at_once(pair):
+    id = TransferId.fresh("r")
+    with pytest.raises(TransferError, match="of a slab of 64"):
+        pair.source.offer(Offer(id=id, blocks=[64]))
+    with pytest.raises(TransferError, match="twice"):
+        pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[3, 3]))
+    with pytest.raises(TransferError, match="not connected"):
+        pair.target.fetch(Fetch(id=id, peer="stranger", blocks=[3]))
+    pair.source.offer(Offer(id=id, blocks=[1]))
+    with pytest.raises(TransferError, match="already"):
+        pair.source.offer(Offer(id=id, blocks=[2]))
+
+
+def test_more_blocks_than_offered_are_refused(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1, 2]))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2, 3]))
+    pair.until(lambda: pair.free(id))
+    assert "3 blocks" in pair.ended(id).error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model", "other"), ("dtype", "bf16"), ("block_tokens", 32), ("order", "hnd")],
+)
+def test_a_peer_of_another_layout_is_refused_by_field(pair, field, value):
+    layout = attrs.evolve(LAYOUT, **{field: value})
+    other = pair.world.make(np.zeros_like(pair.ours), layout=layout)
+    try:
+        with pytest.raises(HandshakeRefused) as refused:
+            pair.target.connect(other.address())
+        assert refused.value.field == field
+        assert repr(value) in str(refused.value)
+    finally:
+        other.close()
+
+
+def test_a_peer_of_another_key_is_refused(pair):
+    other = pair.world.make(np.zeros_like(pair.ours), key=b"x" * 32)
+    try:
+        with pytest.raises(HandshakeRefused) as refused:
+            pair.target.connect(other.address())
+        assert refused.value.field == "key"
+    finally:
+        other.close()
+
+
+def test_closing_the_source_ends_what_the_target_waits_for(pair):
+    id = TransferId.fresh("r")
+    pair.source.offer(Offer(id=id, blocks=[1], ready=False))
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1]))
+    for _ in range(20):
+        pair.poll()
+        pair.world.wait()
+    pair.source.close()
+    pair.until(lambda: pair.free(id))
+    assert pair.ended(id).error is not None
+    pair.until(lambda: not pair.target.counts["quarantined_blocks"])
+
+
+def test_a_peer_that_fails_again_and_again_is_not_asked_any_more(pair):
+    for i in range(3):
+        id = TransferId.fresh(f"r{i}")
+        pair.source.offer(Offer(id=id, blocks=[1], ready=False))
+        pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1], timeout_s=0.02))
+        pair.until(lambda id=id: pair.free(id))
+    with pytest.raises(CircuitOpen):
+        pair.target.fetch(Fetch(id=TransferId.fresh("r"), peer=pair.peer, blocks=[1]))
