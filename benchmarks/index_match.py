@@ -49,8 +49,9 @@ def _measure(
     for prompt in prompts[1:]:
         _add(index, tree, prompt, held)
     match = _fleet.dynamo_match(tree)
-    arrays, lists = itertools.cycle(prompts), itertools.cycle(
-        [prompt.tolist() for prompt in prompts]
+    arrays, lists = (
+        itertools.cycle(prompts),
+        itertools.cycle([prompt.tolist() for prompt in prompts]),
     )
 
     def from_array() -> Any:
