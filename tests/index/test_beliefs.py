@@ -47,7 +47,7 @@ class TestGuessed:
 
 
 class TestHopes:
-    def test_a_request_on_its_way_counts_by_steps_of_128_tokens(self):
+    def test_a_request_on_its_way_counts_by_steps_of_256_tokens(self):
         index = llmd.ExactIndex()
         index.join(worker(), 0.0)
         index.expect("a", request("r", tokens=300), 0.0)

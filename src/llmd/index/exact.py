@@ -24,7 +24,7 @@ class ExactIndex(PrefixIndex):
 
     From the dispatch of a request until *grace* seconds after its first token
     (twice as long if nothing else happens) its blocks count as stored, since
-    their event is still to come; to be quick, by whole steps of 128 tokens only.
+    their event is still to come; to be quick, by whole steps of 256 tokens only.
 
     Match takes O(distinct depths * log blocks) after hashing, and O(blocks) for
     each worker with sliding windows.  Memory is about 100 bytes a block, however

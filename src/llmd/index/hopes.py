@@ -10,7 +10,7 @@ from ..blocks import Hashes
 from ..types import Request, WorkerId
 from .holders import Holders
 
-STEP_TOKENS = 128
+STEP_TOKENS = 256
 
 
 @attrs.define(eq=False)
@@ -24,9 +24,9 @@ class _Hope:
 
 @attrs.define(eq=False)
 class Hopes:
-    """What requests in flight will leave behind, by whole steps of 128 tokens.
+    """What requests in flight will leave behind, by whole steps of 256 tokens.
 
-    Coarse, so that an arrival pays for 64 names of an 8k prompt and not 512.
+    Coarse, so that an arrival pays for 32 names of an 8k prompt and not 512.
     Bounded by the requests in flight and those that settled a moment ago.
     """
 
@@ -83,8 +83,8 @@ def steps(request: Request, block_tokens: int) -> tuple[int, Hashes]:
 
     >>> request = Request(id="r", prompt=range(300))
     >>> tokens, names = steps(request, 16)
-    >>> tokens, len(names), bool(names[0] == request.hashes(16)[7])
-    (128, 2, True)
+    >>> tokens, len(names), bool(names[0] == request.hashes(16)[15])
+    (256, 1, True)
     """
     stride = max(STEP_TOKENS // block_tokens, 1)
     return stride * block_tokens, request.hashes(block_tokens)[stride - 1 :: stride]
