@@ -11,8 +11,8 @@ import llmd
 pytest.importorskip("dynamo._core")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import _fleet  # noqa: E402
-import route  # noqa: E402
+import _fleet
+import route
 
 
 @pytest.mark.parametrize("contents", [_fleet.conversation, _fleet.stairs])
