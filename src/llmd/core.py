@@ -34,6 +34,7 @@ from .errors import (
 )
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
+from .peers import Peers
 from .router import EarliestFirstToken, Router
 from .types import Request, RequestId, WorkerId
 from .view import View
@@ -55,6 +56,7 @@ class Core:
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
     books: Books = attrs.field(init=False)
     waiting: WaitingRequests = attrs.field(init=False)
+    peers: Peers = attrs.field(init=False)
     models: set[str] = attrs.field(factory=set, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
     asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
@@ -62,6 +64,7 @@ class Core:
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
+        self.peers = Peers(self.fleet)
         self.waiting = WaitingRequests(self._balancer, self._group)
         self.view = View(
             now=-math.inf,

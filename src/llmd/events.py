@@ -9,11 +9,22 @@ not report what the first try did.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import attrs
 
 from .blocks import Hashes
-from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
+from .types import (
+    Load,
+    Request,
+    RequestId,
+    Role,
+    Signals,
+    State,
+    Tier,
+    Worker,
+    WorkerId,
+)
 
 
 @attrs.frozen
@@ -183,6 +194,23 @@ class SignalsReported(Event):
     worker: WorkerId
     signals: Signals
     measured_at: float = math.nan
+
+
+@attrs.frozen(eq=False)
+class PeerReported(Event):
+    """Another router of the same fleet told all that it has booked.
+
+    Attributes:
+        peer: Its name, of this run of it.
+        sequence: Its count of such reports; an older one changes nothing.
+        loads: By worker; idle ones may be left out.
+        valid_s: Seconds after which it counts no more, unless told again.
+    """
+
+    peer: str
+    sequence: int
+    loads: Mapping[WorkerId, Load]
+    valid_s: float = 1.0
 
 
 @attrs.frozen

@@ -116,6 +116,7 @@ def joined(core: Core, event: e.WorkerJoined) -> list[c.Command]:
         raise InvalidEvent(f"{event!r}: a worker of this id is there already")
     core.view.advance(event.at)
     core.fleet.join(worker)
+    core.peers.joined(worker.id)
     core.models |= worker.models
     core.index.join(worker, event.at)
     return core.refresh()
@@ -217,9 +218,17 @@ def reported(core: Core, event: e.SignalsReported) -> list[c.Command]:
     return []
 
 
+def peer_reported(core: Core, event: e.PeerReported) -> list[c.Command]:
+    core.view.advance(event.at)
+    core.peers.expire(event.at)
+    core.peers.hear(event)
+    return core.dispatch()
+
+
 def ticked(core: Core, event: e.Tick) -> list[c.Command]:
     scale = core.scale(event.at)
     core.view.advance(event.at)
+    core.peers.expire(event.at)
     commands: list[c.Command] = []
     while core.deadlines and core.deadlines[0][0] <= event.at:
         commands += core.expire(core.deadlines[0][1])
@@ -242,5 +251,6 @@ TRANSITIONS: dict[type, Callable[[Any, Any], list[c.Command]]] = {
     e.BlocksRemoved: removed,
     e.BlocksCleared: cleared,
     e.SignalsReported: reported,
+    e.PeerReported: peer_reported,
     e.Tick: ticked,
 }
