@@ -31,7 +31,6 @@ from .connector_plan import Addresses, Plan
 from .connector_scheduler import SchedulerSide
 from .connector_worker import WorkerSide
 
-
 __all__ = ["LlmdConnector", "transfer_config"]
 
 
