@@ -116,7 +116,9 @@ class PeerExchange:
         self._publisher = self._context.socket(zmq.SocketType.PUB)
         self._publisher.setsockopt(zmq.SocketOption.SNDHWM, _QUEUED)
         self._publisher.bind(self.bind)
-        self.endpoint = self._publisher.getsockopt_string(zmq.SocketOption.LAST_ENDPOINT)
+        self.endpoint = self._publisher.getsockopt_string(
+            zmq.SocketOption.LAST_ENDPOINT
+        )
         self._subscriber = self._context.socket(zmq.SocketType.SUB)
         self._subscriber.setsockopt(zmq.SocketOption.RCVHWM, _QUEUED)
         self._subscriber.subscribe(b"")
