@@ -30,7 +30,9 @@ def arrive(cluster, row, at):
 
 
 @pytest.mark.parametrize(
-    "router", [llmd.PowerOfTwo(), llmd.RoundRobin(), llmd.LeastDelay()], ids=repr
+    "router",
+    [llmd.PowerOfTwo(), llmd.RoundRobin(), llmd.LeastDelay()],
+    ids=lambda router: type(router).__name__,
 )
 def test_a_fork_decides_as_the_cluster_would(router):
     cluster = filled(router)
