@@ -7,7 +7,7 @@
 100
 """
 
-from . import traces, workloads
+from . import plots, traces, workloads
 from .bootstrap import Interval
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
@@ -35,6 +35,7 @@ __all__ = [
     "capacity",
     "compare",
     "fleet",
+    "plots",
     "simulate",
     "traces",
     "workloads",

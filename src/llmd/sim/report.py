@@ -262,9 +262,10 @@ class Report:
     def overloaded(self) -> bool:
         """Whether waits still grew when arrivals ended: not a steady state.
 
-        True if the median wait of the last quarter of arrivals is more than
-        twice that of the second quarter and longer by more than a second, or
-        if a twentieth of all requests got no full answer.
+        True if the median wait of the last quarter of arrivals is half as
+        long again as that of the second quarter and longer by a second (waits
+        that grow without bound make it 7/3 as long), or if a twentieth of all
+        requests got no full answer.
         """
         if not len(self.ids) or self.done.mean() < 0.95:
             return True
@@ -272,7 +273,7 @@ class Report:
         quarter = max(len(waits) // 4, 1)
         early = _percentile(waits[quarter : 2 * quarter], 50)
         late = _percentile(waits[-quarter:], 50)
-        return late > 2.0 * early and late > early + 1.0
+        return late > 1.5 * early and late > early + 1.0
 
     def summary(self) -> dict[str, float]:
         """Return the figures by name, seconds and parts."""
