@@ -3,6 +3,7 @@
 from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
 from .breaker import CircuitBreaker
 from .chance import Explore, Softmax
+from .delay import LeastDelay
 from .disaggregated import Disaggregated, UniformLink
 from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
 from .interface import Around, Router, TermRouter
@@ -27,6 +28,7 @@ __all__ = [
     "Explore",
     "KVBarrier",
     "KVHeadroom",
+    "LeastDelay",
     "LeastLoaded",
     "LeastWork",
     "LoadGate",

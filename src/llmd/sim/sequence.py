@@ -61,6 +61,7 @@ class Sequence:
         base: While decoding, KV tokens less the worker's step count.
         end_step: While decoding, the step that ends it.
         cached: Prompt tokens it found in the cache at its first admission.
+        loaded: Prompt tokens that come from host memory at its admission.
         owned: Names it holds, head first.
         fresh: Those of them that it computes itself and has not reported.
         nameless: Blocks it holds without a name.
@@ -82,6 +83,7 @@ class Sequence:
     base: int = 0
     end_step: int = 0
     cached: int = -1
+    loaded: int = 0
     owned: list[int] = attrs.field(factory=list)
     fresh: list[int] = attrs.field(factory=list)
     nameless: int = 0

@@ -290,7 +290,7 @@ class Simulator:
             remote=remote,
         )
         self._awake(engine, model.submit(sequence, self.now))
-        if model.events and not model.busy:
+        if not model.busy:
             self._take_events(engine)
 
     def _awake(self, engine: _Engine, at: float | None) -> None:
@@ -299,8 +299,7 @@ class Simulator:
             self._at(at, self._wake, engine)
 
     def _take_events(self, engine: _Engine) -> None:
-        events, engine.model.events = engine.model.events, []
-        for event in events:
+        for event in engine.model.take():
             self._note(event)
             self._feed(event)
 
@@ -328,7 +327,7 @@ class Simulator:
         outcome = self.outcomes[id]
         request = outcome.request
         size = engine.worker.block_tokens
-        held = engine.cache.held(request.hashes(size).tolist()) * size
+        held = engine.kv.cache.held(request.hashes(size).tolist()) * size
         moved = (request.prompt_tokens - held) * self.machine.kv_bytes_per_token
         self._links.start(id, source, target, moved, self.now)
         self._at(self._links.next_end(), self._moved, None)
