@@ -117,6 +117,17 @@ def test_long_prompts_spread_over_workers(shop):
     assert sorted(sim.where.values()) == ["w0", "w1"]
 
 
+def test_some_workers_are_kept_free_of_long_prompts(shop):
+    room = b.LongPrefillCap(at_once=2, long_tokens=100, spare=0.5)
+    sim = shop(roomy(room), workers=4, places=9)
+    for _ in range(9):
+        sim.arrive(prompt=200)
+    busy = set(sim.where.values())
+    assert len(sim.where) == 4
+    assert len(busy) == 2
+    assert sim.where[sim.arrive(prompt=99)] not in busy
+
+
 def test_a_prompt_budget_spreads_prompts_out(shop):
     room = b.PromptBudget(tokens=100.0, window_s=1.0)
     sim = shop(roomy(room), places=99)

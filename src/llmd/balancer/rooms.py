@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import attrs
 import numpy as np
@@ -192,13 +192,19 @@ class AimdRoom(Room):
 class LongPrefillCap(Room):
     """Lets only a few long prompts be computed on a worker at once.
 
-    Long prefills that run together slow every decode beside them and block
-    short ones (vLLM issue 10774).  Requests that are long wait in a lane of
+    Long prefills that run together slow every decode beside them, and a
+    prompt that arrives behind one in an engine waits for all its chunks
+    (vLLM issue 10774), whatever its priority.  A part of the workers can be
+    kept free of long prompts, always the same, so that short ones find a quick
+    place and their own prefixes there.  Requests that are long wait in a lane of
     their own, so that others pass them.
 
     Attributes:
         at_once: Long prompts under way on a worker, at most.
         long_tokens: Uncached tokens from which a prompt is long.
+        spare: Part of the workers, last in id order, that compute no long
+            prompt, in [0, 1); one at least always may.
+        of: Whose prompts are counted and capped.
 
     >>> LongPrefillCap(long_tokens=2048).at_once
     1
@@ -206,22 +212,29 @@ class LongPrefillCap(Room):
 
     at_once: int = 1
     long_tokens: int = 4096
+    spare: float = 0.0
+    of: Callable[[Request], bool] = attrs.field(
+        default=lambda request: True, repr=False
+    )
     _long: dict[WorkerId, dict[RequestId, Booking]] = attrs.field(
         factory=dict, init=False, repr=False
     )
 
     def lane(self, request: Request, view: View) -> Hashable:
-        if request.prompt_tokens < self.long_tokens:
+        if request.prompt_tokens < self.long_tokens or not self.of(request):
             return "short"
         uncached = view.uncached_tokens(request)
         is_long = not len(uncached) or bool((uncached >= self.long_tokens).all())
         return "long" if is_long else "short"
 
     def open(self, request: Request, share: float, view: View) -> Mask:
-        if request.prompt_tokens < self.long_tokens or not self._long:
+        short = request.prompt_tokens < self.long_tokens or not self.of(request)
+        if short:
             return np.ones(len(view.workers), dtype=np.bool_)
         busy = np.array([self.under_way(id) for id in view.workers.ids], dtype=np.int64)
         room: Mask = busy < self.at_once
+        most = max(math.floor(len(busy) * (1.0 - self.spare)), 1)
+        room[most:] = False
         return room | (view.uncached_tokens(request) < self.long_tokens)
 
     def under_way(self, worker: WorkerId) -> int:
@@ -235,7 +248,7 @@ class LongPrefillCap(Room):
         return len(bookings)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        if booking.uncached_tokens >= self.long_tokens:
+        if booking.uncached_tokens >= self.long_tokens and self.of(booking.request):
             long = self._long.setdefault(booking.decision.first, {})
             long[booking.request.id] = booking
 

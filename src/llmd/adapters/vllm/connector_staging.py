@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from ...errors import TransferError
-from ...transport.frames import Words
 from ...transport.interface import Layout
-from ...transport.outbox import Blocks
-from ..nixl.slab import Slab, xxh3
+from ..nixl.slab import Slab
+from .connector_mover import by_block, mover
 
 
 @attrs.define(eq=False)
@@ -79,27 +78,24 @@ class Staging:
             TransferError: The layers differ, or have no axis of blocks.
         """
         blocks = vllm_config.cache_config.num_gpu_blocks
-        self._layers = [
-            _by_block(name, cache, blocks) for name, cache in caches.items()
-        ]
-        first = self._layers[0]
-        if any(layer.shape != first.shape for layer in self._layers):
+        layers = [by_block(name, cache, blocks) for name, cache in caches.items()]
+        first = layers[0]
+        if any(layer.shape != first.shape for layer in layers):
             raise TransferError("layers whose caches differ in shape are not supported")
         block_bytes = first[0].numel() * first.element_size()
-        count = max(1, staging_bytes // (block_bytes * len(self._layers)))
+        count = max(1, staging_bytes // (block_bytes * len(layers)))
         self._tensor = torch.empty(
-            (len(self._layers), count, block_bytes),
-            dtype=torch.uint8,
-            device=first.device,
+            (len(layers), count, block_bytes), dtype=torch.uint8, device=first.device
         )
+        self._mover = mover(layers, self._tensor)
         model = vllm_config.model_config
         self._layout = Layout(
             model=f"{os_name(model.model)} {model.quantization or ''}".strip(),
             dtype=str(first.dtype).removeprefix("torch."),
-            layers=len(self._layers),
+            layers=len(layers),
             block_tokens=vllm_config.cache_config.block_size,
             block_bytes=block_bytes,
-            order="x".join(map(str, first.shape[1:])),
+            order=self._mover.order,
         )
         self.slots = Slots(count)
         self._pending: list[tuple[Any, list[int]]] = []
@@ -107,8 +103,7 @@ class Staging:
     def slab(self) -> Slab:
         """Return the slab as a transport takes it."""
         tensor, layout = self._tensor, self._layout
-        stride = tensor.stride(0)
-        bases = tuple([tensor.data_ptr() + i * stride for i in range(layout.layers)])
+        bases = tuple([layer.data_ptr() for layer in tensor])
         cuda = tensor.is_cuda
         return Slab(
             layout=layout,
@@ -116,23 +111,17 @@ class Staging:
             bases=bases,
             memory="VRAM" if cuda else "DRAM",
             device=tensor.device.index or 0 if cuda else 0,
-            sums=self._sums_on_gpu if cuda else self._sums,
+            sums=self._mover.sums,
             owner=tensor,
         )
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Copy blocks of the caches into slots."""
-        index, place = self._index(blocks), self._where(slots)
-        for layer, staged in zip(self._layers, self._tensor, strict=True):
-            taken = layer.index_select(0, index)
-            staged[place] = _bytes(taken)
+        self._mover.gather(blocks, slots)
 
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy slots into blocks of the caches."""
-        index, place = self._index(blocks), self._where(slots)
-        for layer, staged in zip(self._layers, self._tensor, strict=True):
-            values = staged[place].contiguous().view(layer.dtype)
-            layer[index] = values.view(len(blocks), *layer.shape[1:])
+        self._mover.scatter(slots, blocks)
 
     def mark(self) -> Any:
         """Return an event after all that was gathered so far; None if it is done."""
@@ -150,59 +139,7 @@ class Staging:
         ):
             self.slots.give(self._pending.pop(0)[1])
 
-    def _index(self, blocks: Sequence[int]) -> Any:
-        return torch.tensor(blocks, dtype=torch.long, device=self._tensor.device)
-
-    def _where(self, slots: Sequence[int]) -> Any:
-        """Return *slots* as a slice if they are a run, which saves a kernel."""
-        if slots[-1] - slots[0] == len(slots) - 1:
-            return slice(slots[0], slots[-1] + 1)
-        return self._index(slots)
-
-    def _sums(self, layer: int, blocks: Blocks) -> Words:
-        return xxh3(self._tensor[layer].numpy(), blocks)
-
-    def _sums_on_gpu(self, layer: int, blocks: Blocks) -> Words:
-        """Checksum on the GPU, in a stream of its own, multilinear modulo 2**64."""
-        stream = self._stream()
-        with torch.cuda.stream(stream):
-            index = torch.from_numpy(blocks).to(self._tensor.device)
-            words = self._tensor[layer].index_select(0, index).view(torch.int64)
-            sums = (words * self._odd(words.shape[1])).sum(dim=1)
-            return sums.cpu().numpy().view(np.uint64)
-
-    def _stream(self) -> Any:
-        if not hasattr(self, "_side_stream"):
-            self._side_stream = torch.cuda.Stream(self._tensor.device)
-        return self._side_stream
-
-    def _odd(self, words: int) -> Any:
-        if not hasattr(self, "_coefficients"):
-            rng = np.random.default_rng(words)
-            odd = rng.integers(-(1 << 62), 1 << 62, words) * 2 + 1
-            self._coefficients = torch.from_numpy(odd).to(self._tensor.device)
-        return self._coefficients
-
 
 def os_name(path: str) -> str:
     """Return the last part of a model's path: it may lie elsewhere on each host."""
     return path.rstrip("/").rpartition("/")[2]
-
-
-def _bytes(values: Any) -> Any:
-    """View (n, ...) as (n, bytes)."""
-    return values.contiguous().view(len(values), -1).view(torch.uint8)
-
-
-def _by_block(name: str, cache: Any, blocks: int) -> Any:
-    """View a cache with its blocks along the first axis.
-
-    Raises:
-        TransferError: No axis has as many entries as there are blocks.
-    """
-    for axis in range(min(2, cache.dim())):
-        if cache.shape[axis] == blocks:
-            return cache.movedim(axis, 0)
-    raise TransferError(
-        f"the cache of {name}, {tuple(cache.shape)}, has no axis of {blocks} blocks"
-    )
