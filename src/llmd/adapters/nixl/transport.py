@@ -203,10 +203,10 @@ class NixlTransport(KVTransport):
         self._carrier.carry()
         reports = drain(self._endpoint)
         if reports:
-            self._counts = held(self._endpoint)
             self._reports.extend(reports)
             if self._wake is not None:
                 self._wake()
+            self._counts = held(self._endpoint)
         return moved
 
     def _tick(self, now: float) -> None:
