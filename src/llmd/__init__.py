@@ -11,7 +11,7 @@ from .blocks import Hasher, Prompt
 from .cluster import Cluster
 from .decision import Decision, Explanation, Term
 from .errors import LlmdError
-from .index import ExactIndex, GuessedIndex, PrefixIndex
+from .index import BlendedIndex, ExactIndex, GuessedIndex, PrefixIndex
 from .machines import Machine
 from .router import (
     Blend,
@@ -40,6 +40,7 @@ __all__ = [
     "ADMIT",
     "Autoscaler",
     "Blend",
+    "BlendedIndex",
     "Cluster",
     "Decision",
     "Disaggregated",

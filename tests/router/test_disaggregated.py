@@ -308,7 +308,10 @@ class PdMachine(RuleBasedStateMachine):
             held[decision.decode] += 1
             if decision.prefill and id not in self.prefilled | self.streamed:
                 held[decision.prefill] += 1
-        assert dict(zip(workers.ids, workers.running_requests.tolist(), strict=True)) == held
+        assert (
+            dict(zip(workers.ids, workers.running_requests.tolist(), strict=True))
+            == held
+        )
         for row, id in enumerate(workers.ids):
             if not held[id]:
                 assert workers.prefill_tokens[row] == 0
