@@ -88,8 +88,9 @@ class Asked:
         self.count = 0
 
     async def __call__(self, engine, ids, tokens, transfer=None):
-        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+
+        from vllm import SamplingParams
 
         self.count += 1
         params = SamplingParams(
