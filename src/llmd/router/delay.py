@@ -49,7 +49,7 @@ class LeastDelay(TermRouter):
 
     machine: Machine = attrs.field(factory=Machine)
     machines: Mapping[str, Machine] = attrs.field(factory=dict, kw_only=True)
-    always: float = attrs.field(default=2.0, kw_only=True)
+    always: float = attrs.field(default=1.0, kw_only=True)
     waiting_here: float = attrs.field(default=3.0, kw_only=True)
     waiting_anywhere: float = attrs.field(default=8.0, kw_only=True)
     step_tokens: int = attrs.field(default=2048, kw_only=True)

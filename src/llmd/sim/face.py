@@ -116,5 +116,5 @@ def make_cluster(policy: Policy) -> Cluster:
     if isinstance(policy, Router):
         return Cluster(router=copy.deepcopy(policy))
     if isinstance(policy, Cluster):
-        return copy.deepcopy(policy)
+        return policy.fork()
     return policy()

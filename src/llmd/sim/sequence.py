@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ..blocks import Hashes, Prompt
+from ..blocks import Hashes, Prompt, seed_of
 from ..errors import InvalidRequest
 from ..types import Request
 
@@ -98,4 +98,9 @@ class Sequence:
 
     def answer_names(self, block_tokens: int) -> Hashes | None:
         """Name the full blocks of prompt and answer, if that is known."""
-        return None if self.answer is None else self.answer.hashes(block_tokens)
+        if self.answer is None:
+            return None
+        request, names = self.request, self.answer.hashes(block_tokens)
+        if request.salt or request.lora:
+            return names + seed_of(request.salt, request.lora)
+        return names

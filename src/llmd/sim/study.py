@@ -108,6 +108,24 @@ class Comparison:
         values = [self._values(p, name) for p in (policy, self.policies[0])]
         return self._interval(values, percentile)
 
+    def deltas(self, policy: str, name: str) -> Floats:
+        """Return for each request by how much `ttft`, `tpot` or `e2e` differs.
+
+        Seconds more than with the first policy, (n,), the seeds one after the
+        other; NaN where either gave no such figure.
+        """
+        ours, first = self._values(policy, name), self._values(self.policies[0], name)
+        return ours - first
+
+    def mean_delta(self, policy: str, name: str) -> Interval:
+        """Return the mean of `deltas` with its interval."""
+        deltas = self.deltas(policy, name)
+        rng = np.random.default_rng(0)
+        drawn = [_mean(deltas[_blocks(len(deltas), rng)]) for _ in range(_RESAMPLES)]
+        known = [value for value in drawn if value == value]
+        low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
+        return Interval(_mean(deltas), float(low), float(high))
+
     def overloaded(self, policy: str) -> bool:
         """Say whether any run was no steady state."""
         return any(report.overloaded for report in self.reports[policy])
@@ -378,6 +396,11 @@ def _spread_of(values: Sequence[Floats], percentile: float, rows: Ints) -> float
         return math.nan
     figures = [float(np.percentile(column, percentile)) for column in known]
     return figures[0] - figures[1] if len(figures) > 1 else figures[0]
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _blocks(size: int, rng: np.random.Generator) -> Ints:
