@@ -9,6 +9,7 @@ from .routing import (
     several_models,
 )
 from .row import Row
+from .scaling import autoscaling
 
 ROWS = [
     Row(
@@ -50,7 +51,12 @@ ROWS = [
         "a second model added and removed under load; an unknown one refused",
         several_models,
     ),
-    Row(7, "autoscaling", "20 concurrent requests: 1 -> up to 4 -> 1 replicas"),
+    Row(
+        7,
+        "autoscaling",
+        "20 concurrent requests, 5 a replica: 1 -> 4 -> 1, none lost, none early",
+        autoscaling,
+    ),
     Row(8, "selective P/D", "both branches of the decider on uncached tokens"),
     Row(9, "KV transfer", "tokens as from an aggregated run"),
     Row(10, "KV transfer between MIG instances", "detected before it starts"),

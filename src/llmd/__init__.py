@@ -11,10 +11,11 @@ from .blocks import Hasher, Prompt
 from .cluster import Cluster
 from .decision import Decision, Explanation, Term
 from .errors import LlmdError
-from .index import ExactIndex, GuessedIndex, PrefixIndex
+from .index import BlendedIndex, ExactIndex, GuessedIndex, PrefixIndex
 from .machines import Machine
 from .router import (
     Blend,
+    Disaggregated,
     EarliestFirstToken,
     KVHeadroom,
     LeastLoaded,
@@ -28,6 +29,7 @@ from .router import (
     Score,
     SessionAffinity,
     TermRouter,
+    UniformLink,
 )
 from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
 from .view import View, Workers
@@ -38,8 +40,10 @@ __all__ = [
     "ADMIT",
     "Autoscaler",
     "Blend",
+    "BlendedIndex",
     "Cluster",
     "Decision",
+    "Disaggregated",
     "EarliestFirstToken",
     "ExactIndex",
     "Explanation",
@@ -71,6 +75,7 @@ __all__ = [
     "Term",
     "TermRouter",
     "Tier",
+    "UniformLink",
     "Verdict",
     "View",
     "Worker",

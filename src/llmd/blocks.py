@@ -41,6 +41,9 @@ Tokens: TypeAlias = NDArray[np.uint64]
 
 _CHUNK_TOKENS = 1 << 16
 _SIZES_KEPT = 8
+_PARTS_KEPT = 1 << 12
+_INT64 = np.dtype(np.int64)
+_UINT64 = np.dtype(np.uint64)
 _PLAIN_TOKENS = 1 << 12
 
 
@@ -65,6 +68,7 @@ class Hasher:
         self._sums: Hashes = np.zeros(1, dtype=np.uint64)
         self._plain: list[int] = []
         self._tables: dict[int, tuple[Tokens, Hashes]] = {}
+        self._parts: dict[tuple[int, int], tuple[Tokens, Hashes]] = {}
 
     def hashes(
         self,
@@ -84,6 +88,22 @@ class Hasher:
         Returns:
             Shape (n // block_tokens,).
         """
+        if start_tokens:
+            return self._behind(tokens, block_tokens, start_tokens, start)
+        blocks = len(tokens) // block_tokens
+        part = self._parts.get((block_tokens, blocks))
+        weights, offsets = part or self._part(block_tokens, blocks)
+        if len(tokens) != blocks * block_tokens:
+            tokens = tokens[: blocks * block_tokens]
+        # Three numpy calls: a prompt of 1k tokens is mostly their overhead.
+        hashes: Hashes = np.add.accumulate(
+            np.vecdot(tokens.reshape(blocks, block_tokens), weights)
+        )
+        return np.add(hashes, offsets, hashes)
+
+    def _behind(
+        self, tokens: Tokens, block_tokens: int, start_tokens: int, start: int
+    ) -> Hashes:
         blocks = len(tokens) // block_tokens
         first = start_tokens // block_tokens
         weights, offsets = self._table(block_tokens, first + blocks)
@@ -93,9 +113,8 @@ class Hasher:
         )
         np.add.accumulate(hashes, out=hashes)
         hashes += offsets[first : first + blocks]
-        if start_tokens:
-            past = int(self._sums[start_tokens])
-            hashes += np.uint64((start - past) & 0xFFFF_FFFF_FFFF_FFFF)
+        past = self._sums.item(start_tokens)
+        hashes += np.uint64((start - past) & 0xFFFF_FFFF_FFFF_FFFF)
         return hashes
 
     def extend(
@@ -121,6 +140,11 @@ class Hasher:
         total += int(self._sums[end]) - int(self._sums[start_tokens])
         return (start + total) & 0xFFFF_FFFF_FFFF_FFFF
 
+    @property
+    def fingerprint(self) -> str:
+        """A name of the key that does not give it away."""
+        return hashlib.blake2b(b"llmd", digest_size=8, key=self.key[:64]).hexdigest()
+
     def seed(self, *names: str) -> np.uint64:
         """Return a number to add to names that must not meet others.
 
@@ -133,6 +157,14 @@ class Hasher:
         )
         digest = hashlib.blake2b(parts, digest_size=8, key=self.key[:64]).digest()
         return np.uint64(int.from_bytes(digest, "big"))
+
+    def _part(self, block_tokens: int, blocks: int) -> tuple[Tokens, Hashes]:
+        """Return and keep the head of `_table` for prompts of *blocks* blocks."""
+        weights, offsets = self._table(block_tokens, blocks)
+        if len(self._parts) >= _PARTS_KEPT:
+            self._parts.clear()
+        part = self._parts[block_tokens, blocks] = weights[:blocks], offsets[:blocks]
+        return part
 
     def _table(self, block_tokens: int, blocks: int) -> tuple[Tokens, Hashes]:
         """Return coefficients by block and their running sums at boundaries."""
@@ -161,6 +193,7 @@ class Hasher:
         self._sums = np.zeros(len(self._coefficients) + 1, dtype=np.uint64)
         np.add.accumulate(self._coefficients, out=self._sums[1:])
         self._tables.clear()
+        self._parts.clear()
 
     def _draw(self, chunk: int) -> Tokens:
         # Shake-256 is a pseudo-random function of the key, so that seeing
@@ -170,10 +203,33 @@ class Hasher:
         return np.frombuffer(stream, dtype="<u8").astype(np.uint64) | np.uint64(1)
 
 
-@functools.cache
+_PROCESS: list[Hasher] = []
+
+
 def process_hasher() -> Hasher:
     """Return the hasher of this process, its key drawn on the first call."""
-    return Hasher()
+    if not _PROCESS:
+        _PROCESS.append(Hasher())
+    return _PROCESS[0]
+
+
+def share_key(key: bytes) -> Hasher:
+    """Name all prompts of this process under *key*, as other processes do.
+
+    To be called before the first prompt is named.  The key is a secret: who has
+    it can forge prompts that share a name.
+
+    Raises:
+        InvalidRequest: Prompts were named under another key already, or the key
+            is shorter than 16 bytes.
+    """
+    if len(key) < 16:
+        raise InvalidRequest(f"the key has {len(key)} bytes, want 16 or more")
+    if _PROCESS and _PROCESS[0].key != key:
+        raise InvalidRequest("this process names prompts under another key already")
+    if not _PROCESS:
+        _PROCESS.append(Hasher(key))
+    return _PROCESS[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -186,26 +242,25 @@ def token_array(tokens: Any) -> Tokens:
     """Return token ids as a uint64 array, without a copy where possible.
 
     Args:
-        tokens: An integer array of one dimension, a sequence of ints below
-            2**32, or bytes, each byte a token (to route text untokenised).
+        tokens: An integer array of one dimension, a sequence of ints from 0 up,
+            or bytes, each byte a token (to route text untokenised).
 
     Raises:
-        InvalidRequest: Not whole numbers in [0, 2**32).
+        InvalidRequest: Not whole numbers, or below 0 in a sequence.
     """
     if isinstance(tokens, np.ndarray):
+        kind = tokens.dtype
+        if tokens.ndim == 1 and (kind is _INT64 or kind is _UINT64):
+            return tokens.view(_UINT64)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise InvalidRequest(
                 f"token ids are {tokens.dtype}{tokens.shape}, want integers (n,)"
             )
-        if tokens.dtype == np.int64:
-            return tokens.view(np.uint64)
         return tokens.astype(np.uint64, copy=False)
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         return np.frombuffer(tokens, dtype=np.uint8).astype(np.uint64)
     try:
-        return np.frombuffer(array.array("I", tokens), dtype=np.uint32).astype(
-            np.uint64
-        )
+        return np.frombuffer(array.array("Q", tokens), dtype=np.uint64)
     except (TypeError, OverflowError, ValueError) as error:
         raise InvalidRequest(f"not token ids: {error}") from error
 

@@ -6,6 +6,7 @@ import attrs
 
 from .decision import Decision
 from .errors import LlmdError
+from .recommendation import Recommendation
 from .types import Request, RequestId, WorkerId
 
 
@@ -47,6 +48,14 @@ class Abort(Command):
 
 @attrs.frozen
 class Scale(Command):
-    """Have this many workers, starting or ready."""
+    """Have this many workers, starting or ready.
+
+    Attributes:
+        workers: How many.
+        pool: Of which kind, by the autoscaler's name for it; empty for all.
+        advice: Why.
+    """
 
     workers: int
+    pool: str = ""
+    advice: Recommendation | None = attrs.field(default=None, eq=False)

@@ -34,8 +34,9 @@ from .errors import (
 )
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
+from .peers import Peers
 from .router import EarliestFirstToken, Router
-from .types import Request, RequestId
+from .types import Request, RequestId, WorkerId
 from .view import View
 from .waiting import LaneName, WaitingRequests
 
@@ -55,13 +56,15 @@ class Core:
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
     books: Books = attrs.field(init=False)
     waiting: WaitingRequests = attrs.field(init=False)
+    peers: Peers = attrs.field(init=False)
     models: set[str] = attrs.field(factory=set, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
-    asked_workers: int | None = attrs.field(default=None, init=False)
+    asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
     _limits: tuple[int, ...] = attrs.field(default=(), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
+        self.peers = Peers(self.fleet)
         self.waiting = WaitingRequests(self._balancer, self._group)
         self.view = View(
             now=-math.inf,
@@ -126,14 +129,17 @@ class Core:
         before = self.view.now
         self.view.advance(at)
         try:
-            workers = self.autoscaler.target(self.view)
+            advised = self.autoscaler.recommendations(self.view)
         except Exception as error:
             self.view.advance(before)
             raise policy_error(self.autoscaler, error) from error
-        if workers == self.asked_workers:
-            return []
-        self.asked_workers = workers
-        return [c.Scale(workers)]
+        changed = [
+            advice
+            for advice in advised
+            if self.asked_workers.get(advice.pool) != advice.workers
+        ]
+        self.asked_workers |= {advice.pool: advice.workers for advice in changed}
+        return [c.Scale(advice.workers, advice.pool, advice) for advice in changed]
 
     def dispatch(self, lane: LaneName | None = None) -> list[c.Command]:
         """Send on whatever can go, of one lane or of all."""
@@ -141,6 +147,7 @@ class Core:
 
     def charge(self, booking: Booking, tokens: int) -> list[c.Command]:
         """Tell the balancer of generated tokens; if it fails, so does the request."""
+        self.view.totals.generated_tokens += tokens
         request = booking.request
         try:
             self.balancer.generated(booking, tokens, self.view)
@@ -197,6 +204,13 @@ class Core:
         """Forget a request that is in no place any more."""
         if request.deadline < math.inf:
             self.deadlines.discard((request.deadline, request.id))
+
+    def judge(self, booking: Booking, worker: WorkerId, error: str | None) -> None:
+        """Tell the router how a dispatch ended; what it raises blames no request."""
+        try:
+            self.router.ended(booking.request, worker, error, self.view)
+        except Exception as failure:
+            self.waiting.faults.append(policy_error(self.router, failure))
 
     def refresh(self) -> list[c.Command]:
         """Show policies the changed fleet and see what it makes possible."""

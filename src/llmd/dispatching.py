@@ -69,6 +69,7 @@ def _send(core: Core, lane: LaneName) -> list[c.Command]:
         return [*shed, c.Fail(request, policy_error(core.router, error))]
     core.waiting.remove(request.id, core.view)
     core.books.book(booking)
+    core.view.totals.uncached_tokens += booking.prefill_tokens
     core.view.advance(core.view.now)
     return [*shed, c.Dispatch(request, decision)]
 
@@ -133,7 +134,8 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
             raise PolicyError(f"{core.router!r} chose {worker!r}: not there")
     request, now = entry.request, core.view.now
     row = core.fleet.row(decision.first)
-    uncached = int(core.view.uncached_tokens(request)[row])
+    held = int(core.view.cached_tokens(request)[row, -1])
+    uncached = max(request.prompt_tokens - held, 1)
     booking = Booking(
         request,
         decision,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import attrs
 
@@ -171,6 +171,22 @@ class Worker:
     def kv_tokens(self) -> int:
         """Tokens its KV cache holds."""
         return self.kv_blocks * self.block_tokens
+
+
+class Load(NamedTuple):
+    """What one router has booked on a worker.
+
+    Attributes:
+        running_requests: Dispatched there and not ended.
+        waiting_requests: Those of them with no first token yet.
+        prefill_tokens: Prompt tokens dispatched there and not yet computed.
+        context_tokens: Prompt and output tokens of its running requests.
+    """
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    prefill_tokens: int = 0
+    context_tokens: int = 0
 
 
 @attrs.frozen(kw_only=True)

@@ -7,8 +7,8 @@ must copy it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 import numpy as np
@@ -19,6 +19,12 @@ from .types import Request, RequestId, Role, State, Worker, WorkerId
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
+
+_DERIVED_KEPT = 64
+
+
+_READY = frozenset({State.READY})
+_SUPPLY = frozenset({State.STARTING, State.LOADING, State.WARMING, State.READY})
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -59,7 +65,9 @@ class Workers:
     reported_running: Floats
     reported_kv_usage: Floats
     reported_at: Floats
-    _able: dict[Role, Mask] = attrs.field(factory=dict, init=False, repr=False)
+    _derived: dict[Hashable, NDArray[Any]] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,25 +79,78 @@ class Workers:
 
     def able(self, role: Role) -> Mask:
         """Say which workers can do *role*, shape (W,)."""
-        mask = self._able.get(role)
-        if mask is None:
-            able = [role in worker.role for worker in self.facts]
-            mask = self._able[role] = np.array(able, dtype=np.bool_)
-        return mask
+        return self.derived(role, _able)
+
+    def derived(
+        self, key: Hashable, make: Callable[[Workers, Any], NDArray[Any]]
+    ) -> NDArray[Any]:
+        """Return ``make(workers, key)``, (W,), asked once for each *key*.
+
+        For what follows from the facts alone, which stay as they are for the
+        life of this object: machines, places, prices.
+        """
+        found = self._derived.get(key)
+        if found is None:
+            if len(self._derived) >= _DERIVED_KEPT:
+                self._derived.clear()
+            found = self._derived[key] = make(self, key)
+        return found
 
     def ready(self) -> Mask:
         """Say which workers are ready for requests, shape (W,)."""
-        return np.array([state is State.READY for state in self.states], dtype=np.bool_)
+        return self.within(_READY)
+
+    def supply(self) -> Mask:
+        """Say which workers are ready or on their way there, shape (W,)."""
+        return self.within(_SUPPLY)
+
+    def within(self, states: frozenset[State]) -> Mask:
+        """Say which workers are in one of *states*, shape (W,)."""
+        return self.derived(states, _within)
 
     def only(self, rows: Ints) -> Workers:
-        """Return copies of the given rows."""
-        picked = rows.tolist()
-        return Workers(
-            ids=tuple([self.ids[row] for row in picked]),
-            facts=tuple([self.facts[row] for row in picked]),
-            states=tuple([self.states[row] for row in picked]),
-            **{name: getattr(self, name)[rows] for name in COLUMNS},
-        )
+        """Return the given rows, each column copied when it is first read.
+
+        They show the moment they are read in, so a policy that is asked while
+        the cluster stands still sees one moment.
+        """
+        part = object.__new__(_Part)
+        object.__setattr__(part, "_whole", self)
+        object.__setattr__(part, "_picked", rows)
+        return part
+
+
+def _able(workers: Workers, role: Role) -> Mask:
+    return np.array([role in worker.role for worker in workers.facts], dtype=np.bool_)
+
+
+def _within(workers: Workers, states: frozenset[State]) -> Mask:
+    return np.array([state in states for state in workers.states], dtype=np.bool_)
+
+
+class _Part(Workers):
+    """Some workers of another table, whose columns are made when asked for."""
+
+    __slots__ = ("_picked", "_whole")
+
+    def derived(
+        self, key: Hashable, make: Callable[[Workers, Any], NDArray[Any]]
+    ) -> NDArray[Any]:
+        whole: Workers = self._whole
+        part: NDArray[Any] = whole.derived(key, make)[self._picked]
+        return part
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only while the attribute of this name is not set.
+        if name in COLUMNS:
+            value = getattr(self._whole, name)[self._picked]
+        elif name in ("ids", "facts", "states"):
+            whole = getattr(self._whole, name)
+            value = tuple([whole[row] for row in self._picked.tolist()])
+        else:
+            raise AttributeError(name)
+        object.__setattr__(self, name, value)
+        return value
 
 
 COLUMNS: dict[str, type] = {
@@ -128,6 +189,26 @@ class Waiting(Protocol):
 
 
 @attrs.define(eq=False)
+class Totals:
+    """What has come and gone since the cluster was made.
+
+    Attributes:
+        requests: That arrived and were admitted.
+        prompt_tokens: Of these.
+        uncached_tokens: Prompt tokens of dispatched requests that had to be
+            computed, each dispatch counted.
+        ended_requests: That were answered in full.
+        generated_tokens: In all answers.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    uncached_tokens: int = 0
+    ended_requests: int = 0
+    generated_tokens: int = 0
+
+
+@attrs.define(eq=False)
 class View:
     """Everything a policy may base a decision on.
 
@@ -136,12 +217,14 @@ class View:
         rng: The only source of randomness a policy may use.
         workers: The fleet, W workers.
         waiting: Requests not yet dispatched.
+        totals: What has come and gone, over all workers.
     """
 
     now: float
     rng: np.random.Generator
     workers: Workers
     waiting: Waiting
+    totals: Totals = attrs.field(factory=Totals, kw_only=True)
     _match: Callable[[Request, Sequence[WorkerId], float], Ints] = attrs.field(
         alias="match"
     )
@@ -153,14 +236,15 @@ class View:
 
     def only(self, mask: Mask) -> View:
         """Return the same view of the workers where *mask*, (W,), is true."""
-        rows = np.flatnonzero(mask)
-        if len(rows) == len(self.workers):
+        if np.count_nonzero(mask) == len(mask):
             return self
+        rows = np.flatnonzero(mask)
         return View(
             now=self.now,
             rng=self.rng,
             workers=self.workers.only(rows),
             waiting=self.waiting,
+            totals=self.totals,
             match=self._match,
             whole=self,
             rows=rows,

@@ -2,6 +2,7 @@ import asyncio
 
 import numpy as np
 import pytest
+import zmq.asyncio
 from tests.vllm.conftest import (
     BLOCK_TOKENS,
     GREEDY,
@@ -11,10 +12,12 @@ from tests.vllm.conftest import (
     tokens_of,
 )
 
+from llmd.adapters.vllm.kv_events import KVEventDecoder
+from llmd.adapters.vllm.kv_stream import KVEndpoint, KVEventStream
 from llmd.errors import InvalidRequest, PromptTooLong, UnknownAdapter
 from llmd.events import BlocksCleared, BlocksStored, SignalsReported
 from llmd.live.engine import Call
-from llmd.types import State
+from llmd.types import State, WorkerId
 
 
 def stored(reports):
@@ -203,9 +206,9 @@ async def test_tokenizer_and_chat_template(one):
 
 
 async def test_pause_freezes_and_resume_goes_on(one):
-    straight = await one.answer(request("straight", prompt(9), max_new_tokens=200))
+    straight = await one.answer(request("straight", prompt(9), max_new_tokens=64))
     stream = one.engine.generate(
-        Call(request=request("paused", prompt(9), max_new_tokens=200), sampling=GREEDY)
+        Call(request=request("paused", prompt(9), max_new_tokens=64), sampling=GREEDY)
     )
     pieces = [await anext(stream)]
 
@@ -218,11 +221,77 @@ async def test_pause_freezes_and_resume_goes_on(one):
     await asyncio.sleep(0.3)
     frozen = len(pieces)
     await asyncio.sleep(0.5)
-    assert len(pieces) == frozen < 200
+    assert len(pieces) == frozen < 64
     await one.engine.resume()
     async with asyncio.timeout(30):
         await reading
     assert tokens_of(pieces) == tokens_of(straight)
+
+
+class Cut:
+    """Passes a publisher's batches on, but not those with the numbers given."""
+
+    def __init__(self, source, lost):
+        context = zmq.asyncio.Context.instance()
+        self.lost = lost
+        self.taken, self.given = context.socket(zmq.SUB), context.socket(zmq.PUB)
+        self.taken.connect(source)
+        self.taken.subscribe(b"")
+        self.address = (
+            f"tcp://127.0.0.1:{self.given.bind_to_random_port('tcp://127.0.0.1')}"
+        )
+        self.task = asyncio.create_task(self.run())
+
+    async def run(self):
+        while True:
+            frames = await self.taken.recv_multipart()
+            if int.from_bytes(frames[1], "big") not in self.lost:
+                await self.given.send_multipart(frames)
+
+    def close(self):
+        self.task.cancel()
+        self.taken.close(linger=0)
+        self.given.close(linger=0)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+async def test_a_cut_is_closed_by_replay_or_clears(one, replay):
+    scratch = one.engine._scratch
+    reports = []
+    decoder = KVEventDecoder(WorkerId("second"))
+    seen = one.engine._stream.decoder._ranks[0].expected
+    cut = Cut(f"ipc://{scratch}/events", range(seen + 2, seen + 5))
+    stream = KVEventStream(
+        decoder,
+        reports.append,
+        KVEndpoint(cut.address, f"ipc://{scratch}/replay" if replay else ""),
+    )
+    stream.start()
+    try:
+        await asyncio.sleep(0.5)  # both subscriptions are there, and the replay done
+        start = len(one.reports)
+        asked = [
+            request(f"cut{replay}{k}", prompt(2 * BLOCK_TOKENS + 1, salt=60 + k))
+            for k in range(8 if replay else 16)
+        ]
+        for each in asked[-8:]:
+            await one.answer(each)
+        last = asked[-1].hashes(BLOCK_TOKENS)
+        async with asyncio.timeout(10):
+            while not np.isin(last, stored(reports)).all():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    finally:
+        await stream.close()
+        cut.close()
+    assert len(one.reports) > start
+    lost = asked[-8 + 3].hashes(BLOCK_TOKENS)
+    cleared = [r for r in reports if isinstance(r, BlocksCleared) and r.reason]
+    if replay:
+        assert not cleared
+        assert np.isin(lost, stored(reports)).all()
+    else:
+        assert "are lost" in cleared[-1].reason
+        assert not np.isin(lost, stored(reports)).any()
 
 
 async def test_clear_is_told_once_with_the_next_step(one):

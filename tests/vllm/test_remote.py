@@ -161,6 +161,8 @@ async def test_abort_and_closing_free_the_server(remote):
             sampling=GREEDY,
         )
 
+    await remote.engine._server.look()
+    before = remote.engine.metrics["0"].finished["length"]
     pieces = []
     async with asyncio.timeout(30):
         async for piece in remote.engine.generate(call("aborted")):
@@ -173,10 +175,18 @@ async def test_abort_and_closing_free_the_server(remote):
     await anext(stream)
     await stream.aclose()
 
-    def aborted(reports):
-        return remote.engine.metrics["0"].finished.get("abort") == 2
+    closed_at = asyncio.get_running_loop().time()
 
-    await remote.told(aborted)
+    def idle(reports):
+        last = reports[-1]
+        return (
+            isinstance(last, SignalsReported)
+            and last.measured_at > closed_at
+            and last.signals.running_requests == 0
+        )
+
+    await remote.told(idle)
+    assert remote.engine.metrics["0"].finished["length"] == before
 
 
 async def test_signals_come_from_metrics(remote):

@@ -11,6 +11,7 @@ from .locality import D2lpm, Dlpm
 from .orders import Edf, Fcfs, ShortestPrefill, SloDeadline, WeightedShortest
 from .over import Over
 from .rooms import AimdRoom, FixedRoom, LongPrefillCap, PromptBudget, Room
+from .slowstart import SlowStart
 from .verdict import ADMIT, Check, Verdict
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Saturation",
     "ShortestPrefill",
     "SloDeadline",
+    "SlowStart",
     "Verdict",
     "Vtc",
     "Waits",

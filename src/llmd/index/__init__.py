@@ -1,7 +1,16 @@
 """Who holds which prefix: the `PrefixIndex` interface and its indexes."""
 
+from .blended import BlendedIndex
 from .exact import ExactIndex
 from .guessed import GuessedIndex
 from .interface import PrefixIndex
+from .snapshot import dump, restore
 
-__all__ = ["ExactIndex", "GuessedIndex", "PrefixIndex"]
+__all__ = [
+    "BlendedIndex",
+    "ExactIndex",
+    "GuessedIndex",
+    "PrefixIndex",
+    "dump",
+    "restore",
+]

@@ -6,11 +6,67 @@ from collections.abc import Sequence
 
 import attrs
 import numpy as np
+from numpy.typing import NDArray
 
 from ..types import Tier, WorkerId
 from ..view import Ints
 
-_PAIRS = list[tuple[int, int]]
+_PICKS_KEPT = 1 << 10
+_TIERS = len(Tier)
+_INT64 = np.dtype(np.int64)
+
+
+@attrs.define(eq=False)
+class Rows:
+    """Where the workers of each set of bits stand in an array, remembered.
+
+    The same sets come again and again (all that hold the system prompt, the
+    one that holds a conversation), so that filling in depths needs no loop
+    over bits.
+    """
+
+    workers: Sequence[WorkerId]
+    _row_of_bit: dict[int, int]
+    _row_of_place: NDArray[np.intp] = attrs.field(init=False)
+    _known: int = attrs.field(default=0, init=False)
+    _picks: dict[int, int | NDArray[np.intp]] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        places = max(self._row_of_bit, default=0).bit_length()
+        self._row_of_place = np.zeros(places, dtype=np.intp)
+        for bit, row in self._row_of_bit.items():
+            self._row_of_place[bit.bit_length() - 1] = row
+            self._known |= bit
+
+    def depths(self, found: list[tuple[int, int]], scale: int) -> Ints:
+        """Turn (bits, depth) pairs into depth * scale by row, shape (W,)."""
+        depths: Ints = np.zeros(len(self.workers), _INT64)
+        picks = self._picks
+        for mask, depth in found:
+            pick = picks.get(mask)
+            if pick is None:
+                pick = self._pick(mask)
+            depths[pick] = depth * scale
+        return depths
+
+    def row(self, bit: int) -> int | None:
+        """Return where the worker *bit* stands, if it does."""
+        return self._row_of_bit.get(bit)
+
+    def _pick(self, mask: int) -> int | NDArray[np.intp]:
+        row = self._row_of_bit.get(mask)
+        pick = self._rows_of(mask) if row is None else row
+        if len(self._picks) >= _PICKS_KEPT:
+            self._picks.clear()
+        self._picks[mask] = pick
+        return pick
+
+    def _rows_of(self, mask: int) -> NDArray[np.intp]:
+        mask &= self._known
+        size = (mask.bit_length() + 7) // 8
+        raw = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
+        places = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
+        return self._row_of_place[places]
 
 
 @attrs.define(eq=False)
@@ -19,8 +75,7 @@ class Seats:
 
     _bits: dict[WorkerId, int] = attrs.field(factory=dict, init=False)
     _used: int = attrs.field(default=0, init=False)
-    _asked: Sequence[WorkerId] = attrs.field(default=(), init=False)
-    _rows: dict[int, int] = attrs.field(factory=dict, init=False)
+    _rows: Rows = attrs.field(factory=lambda: Rows((), {}), init=False)
 
     @property
     def all(self) -> int:
@@ -42,44 +97,30 @@ class Seats:
             bit = ~busy & (busy + 1)
             self._bits[worker] = bit
             self._used |= bit
-            self._asked = ()
+            self._rows = Rows((), {})
         return bit
 
     def leave(self, worker: WorkerId) -> int:
         """Take the worker's bit away and return it; 0 if it had none."""
         bit = self._bits.pop(worker, 0)
         self._used &= ~bit
-        self._asked = ()
+        self._rows = Rows((), {})
         return bit
 
-    def rows(self, workers: Sequence[WorkerId]) -> dict[int, int]:
-        """Return the row in *workers* of each bit."""
-        if self._asked is not workers:
-            self._rows = {
-                self._bits[worker]: row
-                for row, worker in enumerate(workers)
-                if worker in self._bits
-            }
-            self._asked = workers
+    def rows(self, workers: Sequence[WorkerId]) -> Rows:
+        """Return where *workers*, by identity, stand in an array of them."""
+        if self._rows.workers is not workers:
+            bits = self._bits
+            found = {bits[w]: row for row, w in enumerate(workers) if w in bits}
+            self._rows = Rows(workers, found)
         return self._rows
 
 
-def spread(found: _PAIRS, rows: dict[int, int], workers: int, scale: int) -> Ints:
-    """Turn (bits, depth) pairs into depth * scale by row, shape (workers,)."""
-    depths = [0] * workers
-    for mask, depth in found:
-        tokens = depth * scale
-        while mask:
-            low = mask & -mask
-            mask ^= low
-            row = rows.get(low)
-            if row is not None:
-                depths[row] = tokens
-    return np.array(depths, dtype=np.int64)
-
-
 def columns(depths: Ints) -> Ints:
-    """Repeat depths of the fastest tier for every slower one, (W, tiers)."""
-    held = np.empty((len(depths), len(Tier)), dtype=np.int64)
-    held[:] = depths[:, None]
+    """Show depths of the fastest tier as those of every tier, (W, tiers).
+
+    Nothing is copied, so the result is read-only.
+    """
+    held: Ints = np.ndarray((len(depths), _TIERS), _INT64, depths, 0, (8, 0))
+    held.setflags(write=False)
     return held

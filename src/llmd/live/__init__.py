@@ -2,7 +2,17 @@
 
 from .engine import Call, Engine, Output, Report
 from .lease import Lease
+from .pool import EnginePool
 from .server import Server
 from .session import Sessions
 
-__all__ = ["Call", "Engine", "Lease", "Output", "Report", "Server", "Sessions"]
+__all__ = [
+    "Call",
+    "Engine",
+    "EnginePool",
+    "Lease",
+    "Output",
+    "Report",
+    "Server",
+    "Sessions",
+]

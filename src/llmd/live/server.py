@@ -41,7 +41,7 @@ class Server:
         tick: Seconds between looks at deadlines and the autoscaler.
         prefill_timeout: Seconds a prefill on another worker may take before
             the decode worker computes the prompt itself.
-        scale: Called with the number of workers the autoscaler wants.
+        scale: Called with what the autoscaler wants; `EnginePool` sets it.
         counts: What went wrong and was made good, by name.
     """
 
@@ -49,7 +49,7 @@ class Server:
     clock: Callable[[], float] = lambda: asyncio.get_running_loop().time()
     tick: float = 0.1
     prefill_timeout: float = 30.0
-    scale: Callable[[int], None] | None = None
+    scale: Callable[[c.Scale], None] | None = None
     counts: Counter[str] = attrs.field(factory=Counter, init=False)
 
     _engines: dict[WorkerId, Engine] = attrs.field(factory=dict, init=False)
@@ -63,16 +63,25 @@ class Server:
 
     # Workers -------------------------------------------------------------
 
-    async def add(self, engine: Engine, worker: WorkerId = "") -> WorkerId:
+    async def add(
+        self, engine: Engine, worker: WorkerId = "", expected: Worker | None = None
+    ) -> WorkerId:
         """Start *engine*, let it join when it is ready, and return its id.
 
         While it starts, the cluster already counts it as supply.
+
+        Args:
+            engine: To start.
+            worker: Its id; made up if not given.
+            expected: What it will probably say of itself, for policies that
+                count starting workers by role or machine.
 
         Raises:
             EngineError: It did not start; the fleet is as before.
         """
         worker = worker or f"worker-{next(self._names)}"
-        starting = Worker(id=worker, state=State.STARTING)
+        expected = expected or Worker(id=worker)
+        starting = attrs.evolve(expected, id=worker, state=State.STARTING)
         self.handle(e.WorkerJoined(self.clock(), starting))
         self._engines[worker] = engine
 
@@ -261,9 +270,9 @@ class Server:
             case c.Abort(worker=worker, request_id=id):
                 if engine := self._engines.get(worker):
                     self._errand(engine.abort(id))
-            case c.Scale(workers=workers):
+            case c.Scale():
                 if self.scale is not None:
-                    self.scale(workers)
+                    self.scale(command)
 
     def _requeue(self, ticket: Ticket) -> None:
         if ticket.retried:

@@ -1,8 +1,13 @@
 """Which worker: the `Router` interface and its policies."""
 
 from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
-from .interface import Router, TermRouter
+from .breaker import CircuitBreaker
+from .chance import Explore, Softmax
+from .disaggregated import Disaggregated, UniformLink
+from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
+from .interface import Around, Router, TermRouter
 from .seconds import EarliestFirstToken
+from .shadow import Agreement, Shadow
 from .simple import (
     LeastLoaded,
     LeastWork,
@@ -13,11 +18,18 @@ from .simple import (
 )
 
 __all__ = [
+    "Agreement",
+    "Around",
     "Blend",
+    "CircuitBreaker",
+    "Disaggregated",
     "EarliestFirstToken",
+    "Explore",
+    "KVBarrier",
     "KVHeadroom",
     "LeastLoaded",
     "LeastWork",
+    "LoadGate",
     "PowerOfTwo",
     "PrefixOverlap",
     "QueueDepth",
@@ -26,5 +38,11 @@ __all__ = [
     "Router",
     "Score",
     "SessionAffinity",
+    "Shadow",
+    "Softmax",
+    "SpreadCold",
+    "Stale",
+    "Surcharge",
     "TermRouter",
+    "UniformLink",
 ]

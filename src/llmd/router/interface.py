@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 
+import attrs
 import numpy as np
 
 from ..decision import Decision, Term
 from ..errors import PolicyError
-from ..types import Request, Role
+from ..types import Request, Role, WorkerId
 from ..view import Floats, View
 
 
@@ -35,6 +36,15 @@ class Router(abc.ABC):
         """Return the cost and the terms that explain it."""
         return self.cost(request, view), ()
 
+    def choose(self, costs: Floats, view: View) -> tuple[int, int]:
+        """Return the row of a cheapest worker, and how many tie for it."""
+        row = int(costs.argmin())
+        equal = costs == costs[row]
+        tied = int(np.count_nonzero(equal))
+        if tied > 1:
+            row = int(np.flatnonzero(equal)[view.rng.integers(tied)])
+        return row, tied
+
     def pick(self, request: Request, view: View) -> Decision | None:
         """Decide for a cheapest worker of *view*, ties broken by `view.rng`.
 
@@ -54,17 +64,14 @@ class Router(abc.ABC):
             )
         if not len(ids):
             return None
-        row = int(costs.argmin())
-        lowest = costs[row]
-        if lowest != lowest:  # argmin gives the first NaN if there is one
-            raise PolicyError(f"{self!r} priced {ids[row]!r} at NaN")
+        lowest = costs.min()
+        if lowest != lowest:  # a NaN anywhere is the minimum
+            raise PolicyError(f"{self!r} priced {ids[costs.argmin()]!r} at NaN")
         if lowest == np.inf:
             return None
-        ties = np.flatnonzero(costs == lowest)
-        if len(ties) > 1:
-            row = int(ties[view.rng.integers(len(ties))])
+        row, tied = self.choose(costs, view)
         return Decision(
-            decode=ids[row], candidates=ids, costs=costs, terms=terms, tied=len(ties)
+            decode=ids[row], candidates=ids, costs=costs, terms=terms, tied=tied
         )
 
     def route(self, request: Request, view: View) -> Decision | None:
@@ -77,6 +84,11 @@ class Router(abc.ABC):
         """
         return self.pick(request, view.only(view.workers.able(Role.BOTH)))
 
+    def ended(
+        self, request: Request, worker: WorkerId, error: str | None, view: View
+    ) -> None:
+        """Note how what *worker* was given ended; *error* is None if well."""
+
 
 class TermRouter(Router):
     """A router whose cost is a sum of terms, which then explain it."""
@@ -87,10 +99,36 @@ class TermRouter(Router):
 
     def price(self, request: Request, view: View) -> tuple[Floats, tuple[Term, ...]]:
         terms = self.terms(request, view)
-        costs: Floats = np.zeros(len(view.workers), dtype=np.float64)
-        for term in terms:
-            costs += term.weight * term.value
+        if not terms:
+            return np.zeros(len(view.workers), dtype=np.float64), terms
+        first, *others = terms
+        costs: Floats = first.value * first.weight
+        for term in others:
+            costs += term.value if term.weight == 1.0 else term.weight * term.value
         return costs, terms
 
     def cost(self, request: Request, view: View) -> Floats:
         return self.price(request, view)[0]
+
+
+@attrs.define(kw_only=True)
+class Around(Router):
+    """A router that changes what another one, *router*, says.
+
+    >>> class Doubled(Around):
+    ...     def cost(self, request, view):
+    ...         return 2 * self.router.cost(request, view)
+    """
+
+    router: Router
+
+    def price(self, request: Request, view: View) -> tuple[Floats, tuple[Term, ...]]:
+        return self.router.price(request, view)
+
+    def cost(self, request: Request, view: View) -> Floats:
+        return self.price(request, view)[0]
+
+    def ended(
+        self, request: Request, worker: WorkerId, error: str | None, view: View
+    ) -> None:
+        self.router.ended(request, worker, error, view)

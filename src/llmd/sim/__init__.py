@@ -1,1 +1,39 @@
-"""A driver in virtual time: the same cluster, modelled workers."""
+"""A driver in virtual time: the same cluster, modelled workers.
+
+>>> from llmd import EarliestFirstToken
+>>> from llmd.sim import simulate, workloads
+>>> report = simulate(EarliestFirstToken(), workloads.dialogue(requests=100))
+>>> report.completed
+100
+"""
+
+from . import traces, workloads
+from .face import fleet, simulate
+from .report import Report, Slo, WorkerLoad
+from .sequence import EngineSettings
+from .simulator import Crash, Simulator
+from .study import Capacity, Comparison, Interval, capacities, capacity, compare
+from .worker import ModelWorker
+from .workload import Job, Workload
+
+__all__ = [
+    "Capacity",
+    "Comparison",
+    "Crash",
+    "EngineSettings",
+    "Interval",
+    "Job",
+    "ModelWorker",
+    "Report",
+    "Simulator",
+    "Slo",
+    "WorkerLoad",
+    "Workload",
+    "capacities",
+    "capacity",
+    "compare",
+    "fleet",
+    "simulate",
+    "traces",
+    "workloads",
+]

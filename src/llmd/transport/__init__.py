@@ -18,10 +18,12 @@ from .interface import (
 )
 from .local import LocalLink, LocalTransport
 from .outbox import Settings
+from .ways import Choice, Place, Way, choose_way
 
 __all__ = [
     "Address",
     "BlocksFreed",
+    "Choice",
     "CircuitBreaker",
     "Endpoint",
     "Fetch",
@@ -33,9 +35,12 @@ __all__ = [
     "LocalTransport",
     "Offer",
     "PeerId",
+    "Place",
     "Report",
     "Settings",
     "Side",
     "TransferEnded",
     "TransferId",
+    "Way",
+    "choose_way",
 ]

@@ -162,7 +162,8 @@ class NixlTransport(KVTransport):
 
         def answering() -> None:
             try:
-                answer.set_result(act())
+                act()
+                answer.set_result(None)
             except Exception as error:
                 answer.set_exception(error)
 
@@ -202,10 +203,10 @@ class NixlTransport(KVTransport):
         self._carrier.carry()
         reports = drain(self._endpoint)
         if reports:
-            self._counts = held(self._endpoint)
             self._reports.extend(reports)
             if self._wake is not None:
                 self._wake()
+            self._counts = held(self._endpoint)
         return moved
 
     def _tick(self, now: float) -> None:

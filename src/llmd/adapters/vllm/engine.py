@@ -143,6 +143,9 @@ class VllmEngine(Engine):
                 await self._stream.close()
             if llm is not None:
                 await self._end_streams(llm)
+                if handler := getattr(llm, "output_handler", None):
+                    # Left alone, it logs the end of its engine as an error.
+                    handler.cancel()
                 await asyncio.to_thread(shut_down, llm, self._cores)
                 del llm
                 # What vLLM asked the loop to close, it closes now.

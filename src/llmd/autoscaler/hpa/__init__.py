@@ -13,12 +13,15 @@ from .metrics import (
     Value,
 )
 from .pods import Phase, Pod, Sample, Scene
+from .policy import SIGNALS, Hpa
 from .quantity import milli
 
 __all__ = [
+    "SIGNALS",
     "AverageValue",
     "External",
     "History",
+    "Hpa",
     "HpaSpec",
     "Metric",
     "Object",

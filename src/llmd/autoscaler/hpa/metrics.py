@@ -85,6 +85,7 @@ class Metric(abc.ABC):
 class Resource(Metric):
     """Use of CPU or memory by pods, or by one container of each.
 
+    >>> from llmd.autoscaler.hpa import Pod
     >>> metric = Resource("cpu", Utilization(50))
     >>> pod = Pod(name="a", containers={"main": {"cpu": 1}})
     >>> scene = Scene(now=0, replicas=1, pods=[pod], samples={"cpu": {"a": Sample(2)}})

@@ -1,0 +1,161 @@
+"""An HPA as an autoscaler of an llmd fleet: workers are its pods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import numpy as np
+
+from ...errors import NoSignal
+from ...recommendation import Recommendation
+from ...types import State
+from ...view import Floats, View
+from ..interface import Autoscaler
+from .controller import History, HpaSpec
+from .metrics import Resource
+from .pods import Phase, Pod, Sample, Scene
+
+_PHASES = {
+    State.STARTING: Phase.PENDING,
+    State.LOADING: Phase.PENDING,
+    State.WARMING: Phase.PENDING,
+}
+
+Signal = Callable[[View], Floats | float]
+
+
+def _running(view: View) -> Floats:
+    return view.workers.running_requests.astype(np.float64)
+
+
+def _queue(view: View) -> Floats:
+    workers = view.workers
+    return np.fmax(workers.waiting_requests, workers.reported_waiting)
+
+
+def _kv(view: View) -> Floats:
+    workers = view.workers
+    booked = workers.context_tokens / np.maximum(workers.kv_tokens, 1)
+    return np.fmax(booked, workers.reported_kv_usage)
+
+
+def _mean(signal: Callable[[View], Floats]) -> Callable[[View], float]:
+    def mean(view: View) -> float:
+        values = signal(view)[view.workers.ready()]
+        return float(values.mean()) if len(values) else 0.0
+
+    return mean
+
+
+SIGNALS: Mapping[str, Signal] = {
+    "vllm:num_requests_running": _running,
+    "vllm:num_requests_waiting": _queue,
+    "vllm:kv_cache_usage_perc": _kv,
+    "inference_pool_average_queue_size": _mean(_queue),
+    "inference_pool_average_kv_cache_utilization": _mean(_kv),
+    "inference_pool_ready_pods": lambda view: float(view.workers.ready().sum()),
+    "inference_extension_flow_control_queue_size": lambda view: float(
+        len(view.waiting)
+    ),
+    "inference_objective_running_requests": lambda view: float(
+        view.workers.running_requests.sum()
+    ),
+}
+"""Metrics by the names of vLLM and llm-d: shape (W,) for each worker, or one."""
+
+
+@attrs.define(kw_only=True)
+class Hpa(Autoscaler):
+    """Runs an HPA's spec on the workers of a fleet.
+
+    A worker that is starting, loading or warming is a pending pod, one that
+    drains is being deleted.  Its own bounds and windows are the spec's; those
+    of the base class are not used.
+
+    Attributes:
+        spec: Built by hand or read by `llmd.adapters.hpa_manifest`.
+        interval: Seconds between two passes.
+        signals: Metrics by name, besides the known ones.  An underscore in a
+            manifest stands for any sign that metric names cannot have there.
+
+    >>> from llmd.autoscaler.hpa import AverageValue, Pods
+    >>> metric = Pods("vllm:num_requests_waiting", AverageValue(5))
+    >>> Hpa(spec=HpaSpec(max_replicas=4, metrics=(metric,))).interval
+    15.0
+    """
+
+    spec: HpaSpec
+    interval: float = 15.0
+    signals: Mapping[str, Signal] = attrs.field(factory=dict)
+    _history: History = attrs.field(factory=History, init=False)
+    _next: float = attrs.field(default=-math.inf, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.min_workers = self.spec.min_replicas
+        self.max_workers = self.spec.max_replicas
+        super().__attrs_post_init__()
+
+    def wanted(self, view: View) -> float:
+        return float(self.recommend(view).workers)
+
+    def recommend(self, view: View) -> Recommendation:
+        if self.advice is not None and view.now < self._next:
+            return self.advice
+        advice, self._history = self.spec.step(self._history, self.scene(view))
+        self._next = view.now + self.interval
+        self._asked, self.advice = advice.workers, advice
+        return advice
+
+    def scene(self, view: View) -> Scene:
+        """Return what the HPA sees of the fleet."""
+        workers = view.workers
+        pods = [
+            Pod(
+                name=worker.id,
+                phase=_PHASES.get(state, Phase.RUNNING),
+                deleted=state is State.DRAINING or state is State.SLEEPING,
+                ready=state is State.READY,
+            )
+            for worker, state in zip(workers.facts, workers.states, strict=True)
+        ]
+        samples: dict[str, dict[str, Sample]] = {}
+        values: dict[str, tuple[float]] = {}
+        for metric in self.spec.metrics:
+            key = metric.key if isinstance(metric, Resource) else metric.name
+            try:
+                measured = self._signal(key)(view)
+            except NoSignal:
+                continue
+            if isinstance(measured, np.ndarray):
+                samples[key] = _samples(view, measured)
+                measured = float(np.nansum(measured))
+            if not math.isnan(measured):
+                values[key] = (measured,)
+        return Scene(
+            now=view.now,
+            # A fleet that was never asked for anything is not one that rests.
+            replicas=max(self._current(view), 1)
+            if self._asked is None
+            else self._asked,
+            present=int(workers.supply().sum()),
+            pods=pods,
+            samples=samples,
+            values=values,
+        )
+
+    def _signal(self, key: str) -> Signal:
+        for names in (self.signals, SIGNALS):
+            for name, signal in names.items():
+                if key in (name, name.replace(":", "_")):
+                    return signal
+        raise NoSignal(f"no signal {key!r}")
+
+
+def _samples(view: View, measured: Floats) -> dict[str, Sample]:
+    return {
+        worker: Sample(value, at=view.now)
+        for worker, value in zip(view.workers.ids, measured.tolist(), strict=True)
+        if not math.isnan(value)
+    }

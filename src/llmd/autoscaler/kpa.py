@@ -1,0 +1,68 @@
+"""Knative's pod autoscaler: a slow mean, and a fast one for bursts."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from ..recommendation import Proposal
+from ..view import View
+from .followers import _positive
+from .interface import Autoscaler
+from .window import Mean
+
+
+@attrs.define(kw_only=True)
+class Kpa(Autoscaler):
+    """Follows the mean concurrency, and in a burst the last seconds of it.
+
+    Rules: knative/serving pkg/autoscaler/scaling/autoscaler.go.  The stable
+    window is its patience, so `patience` is 0 unless set.
+
+    Attributes:
+        requests_per_worker: Running and waiting together.
+        stable: Seconds of the slow mean.
+        panic: Seconds of the fast one.
+        threshold: Panics when the fast mean calls for so many times the ready
+            workers; while in panic the count never falls, and panic lasts
+            until `stable` seconds have passed without such a call.
+
+    >>> Kpa(requests_per_worker=7, max_workers=4).panic
+    6.0
+    """
+
+    requests_per_worker: float = attrs.field(validator=_positive)
+    stable: float = attrs.field(default=60.0, validator=_positive)
+    panic: float = attrs.field(default=6.0, validator=_positive)
+    threshold: float = attrs.field(default=2.0, validator=_positive)
+    patience: float = 0.0
+    _seen: Mean = attrs.field(init=False)
+    _panicked_at: float = attrs.field(default=-math.inf, init=False)
+    _most: float = attrs.field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        self._seen = Mean(longest=self.stable)
+
+    def proposals(self, view: View) -> tuple[Proposal, ...]:
+        wish = self.wanted(view)
+        mode = "panic" if self._panicking(view.now) else "stable"
+        return (Proposal("Kpa", self._checked(wish), f"in {mode} mode"),)
+
+    def wanted(self, view: View) -> float:
+        running = int(view.workers.running_requests.sum()) + len(view.waiting)
+        self._seen.add(view.now, float(running))
+        stable = self._seen.over(view.now, self.stable) / self.requests_per_worker
+        burst = self._seen.over(view.now, self.panic) / self.requests_per_worker
+        ready = int(view.workers.ready().sum())
+        if math.ceil(burst) >= self.threshold * max(ready, 1):
+            self._panicked_at = view.now
+        if not self._panicking(view.now):
+            self._most = 0.0
+            return stable
+        self._most = max(self._most, burst, stable, float(ready))
+        return self._most
+
+    def _panicking(self, now: float) -> bool:
+        return now - self._panicked_at < self.stable

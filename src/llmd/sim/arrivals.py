@@ -1,0 +1,37 @@
+"""Arrival times."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import InvalidRequest
+from ..view import Floats
+
+
+def poisson(rate: float, requests: int, rng: np.random.Generator) -> Floats:
+    """Draw arrival times of a Poisson process of *rate* a second, (requests,)."""
+    return gamma(rate, requests, rng, burstiness=1.0)
+
+
+def gamma(
+    rate: float, requests: int, rng: np.random.Generator, burstiness: float
+) -> Floats:
+    """Draw arrival times with gamma gaps, shape (requests,).
+
+    Args:
+        rate: Requests a second.
+        requests: How many.
+        rng: Source of randomness.
+        burstiness: Squared coefficient of variation of the gaps: 1 is Poisson,
+            more comes in bursts, less is more even (0 exactly even).
+    """
+    if not rate > 0 or burstiness < 0:
+        raise InvalidRequest(
+            f"rate {rate} and burstiness {burstiness} make no arrivals"
+        )
+    if burstiness == 0:
+        return np.arange(requests) / rate
+    shape = 1.0 / burstiness
+    gaps = rng.gamma(shape, 1.0 / (rate * shape), requests)
+    times: Floats = np.cumsum(gaps)
+    return times

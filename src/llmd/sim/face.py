@@ -1,0 +1,120 @@
+"""One call for one run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import attrs
+
+from ..cluster import Cluster
+from ..machines import Machine
+from ..router import Router
+from ..types import Worker
+from .report import Report, Slo
+from .sequence import EngineSettings
+from .simulator import Crash, Simulator
+from .workload import Workload
+
+Policy: TypeAlias = Router | Cluster | Callable[[], Cluster]
+
+# One H200 with a model of 8B parameters in bf16 holds about this much KV.
+_KV_TOKENS = 816_000
+
+
+def fleet(
+    workers: int,
+    *,
+    block_tokens: int = 16,
+    kv_tokens: int = _KV_TOKENS,
+    max_running: int = 256,
+) -> list[Worker]:
+    """Make *workers* equal workers.
+
+    Args:
+        workers: How many.
+        block_tokens: Tokens a KV block.
+        kv_tokens: Tokens the KV cache of each holds; by default those of an
+            8B model on an H200.
+        max_running: Requests each batches at once.
+    """
+    return [
+        Worker(
+            id=f"w{row:03}",
+            kv_blocks=kv_tokens // block_tokens,
+            block_tokens=block_tokens,
+            max_model_tokens=kv_tokens,
+            max_running=max_running,
+        )
+        for row in range(workers)
+    ]
+
+
+def simulate(
+    policy: Policy,
+    workload: Workload,
+    *,
+    workers: int | Sequence[Worker] = 8,
+    machine: Machine | None = None,
+    settings: EngineSettings | None = None,
+    crashes: Iterable[Crash] = (),
+    signals_s: float = 0.0,
+    give_up: Slo | None = None,
+    progress: bool = False,
+) -> Report:
+    """Run *policy* on *workload* in virtual time.
+
+    The policy is copied, so that one object can be compared again and again.
+
+    Args:
+        policy: A router, a cluster not used before, or a function making one.
+        workload: What arrives.
+        workers: How many equal workers, or the workers themselves.
+        machine: Step times of each.
+        settings: How each schedules.
+        crashes: Workers that die on the way.
+        signals_s: Seconds between two reports of each engine; 0 for none.
+        give_up: Stop as soon as this cannot be met any more.
+        progress: Show a bar (needs tqdm).
+
+    Raises:
+        PolicyError: The policy raised, or broke its contract.
+
+    >>> from llmd import RoundRobin
+    >>> from llmd.sim import workloads
+    >>> simulate(RoundRobin(), workloads.batch(requests=40), workers=2).completed
+    40
+    """
+    cluster = make_cluster(policy)
+    if isinstance(workers, int):
+        workers = fleet(workers, block_tokens=workload.block_tokens)
+    template = workers[0]
+    simulator = Simulator(
+        cluster,
+        machine=machine or Machine(),
+        settings=settings or EngineSettings(),
+        spawn=lambda row: attrs.evolve(template, id=f"{template.id}-{row}"),
+        crashes=tuple(crashes),
+        signals_s=signals_s,
+    )
+    if not progress:
+        return simulator.run(workload, workers, give_up=give_up)
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=len(workload), unit="request") as bar:
+        return simulator.run(
+            workload,
+            workers,
+            give_up=give_up,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+
+
+def make_cluster(policy: Policy) -> Cluster:
+    """Return a cluster of its own for *policy*."""
+    if isinstance(policy, Router):
+        return Cluster(router=copy.deepcopy(policy))
+    if isinstance(policy, Cluster):
+        return copy.deepcopy(policy)
+    return policy()

@@ -1,0 +1,409 @@
+"""What a run came to: latencies, rates and balance, for people and programs."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from ..types import WorkerId
+from ..view import Floats, Ints, Mask
+
+if TYPE_CHECKING:
+    from .outcome import Outcome
+    from .simulator import Simulator
+    from .workload import Workload
+
+
+@attrs.frozen(kw_only=True)
+class Slo:
+    """What a request must keep to count as good; NaN asks for nothing.
+
+    Attributes:
+        ttft_s: Time to first token, at most.
+        tpot_s: Mean time per later token, at most.
+        e2e_s: Time to the end, at most.
+        attainment: Part of all requests that must keep each of them.
+
+    >>> Slo(ttft_s=2.0, tpot_s=0.05).attainment
+    0.9
+    """
+
+    ttft_s: float = math.nan
+    tpot_s: float = math.nan
+    e2e_s: float = math.nan
+    attainment: float = 0.9
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class WorkerLoad:
+    """What one worker did.
+
+    Attributes:
+        id: Its id.
+        joined_at: When it joined, seconds.
+        left_at: When it left, or the run ended.
+        busy_s: Seconds in steps.
+        prompt_tokens: Computed, cached ones not counted.
+        output_tokens: Generated.
+        preemptions: Requests it threw out for want of blocks.
+        runs: Shape (n, 7): start, end, steps, decoding requests, prompt
+            tokens, blocks in use, requests waiting, of each run of steps.
+        kv_blocks: Blocks its cache holds.
+    """
+
+    id: WorkerId
+    joined_at: float
+    left_at: float
+    busy_s: float
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    runs: Floats
+    kv_blocks: int
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Report:
+    """The outcome of a run, one row a request, shape (n,) each.
+
+    Times are seconds, NaN for what never happened; requests that were refused
+    or never ended count as misses of every SLO.
+
+    Attributes:
+        policy: Name of what routed.
+        workload: Name of what arrived.
+        ids: Request ids in order of the workload.
+        arrived: When each arrived.
+        dispatched: When it was last sent to a worker.
+        first: When its answer began.
+        ended: When it ended, however.
+        prompt_tokens: Length of its prompt.
+        cached_tokens: How much of it was found in a cache.
+        output_tokens: Length of its answer as it came.
+        worker: Who answered; empty if nobody.
+        status: `completed`, or in words why not; empty if unfinished.
+        workers: What each worker did.
+        span_s: Seconds from the first arrival to the last event.
+
+    >>> from llmd import LeastLoaded
+    >>> from llmd.sim import simulate, workloads
+    >>> report = simulate(LeastLoaded(), workloads.dialogue(rate=4.0, requests=50))
+    >>> report.completed, 0 < report.ttft(50) < 1, report.goodput(Slo(ttft_s=9.0)) > 0.1
+    (50, True, True)
+    """
+
+    policy: str
+    workload: str
+    ids: tuple[str, ...]
+    arrived: Floats
+    dispatched: Floats
+    first: Floats
+    ended: Floats
+    prompt_tokens: Ints
+    cached_tokens: Ints
+    output_tokens: Ints
+    worker: tuple[WorkerId, ...]
+    status: tuple[str, ...]
+    workers: tuple[WorkerLoad, ...]
+    span_s: float
+
+    @classmethod
+    def of(cls, simulator: Simulator, workload: Workload) -> Report:
+        """Read the report of a run that has ended."""
+        outcomes = [*simulator.outcomes.values()]
+        ends = [
+            engine.model.log[-1][1]
+            for engine in simulator.engines.values()
+            if engine.model.log
+        ]
+        start = min([o.arrived for o in outcomes if o.arrived == o.arrived], default=0)
+        end = max([o.ended for o in outcomes if o.ended == o.ended] + ends, default=0)
+        loads = tuple(
+            _load(engine.model, engine.joined_at, min(engine.left_at, end))
+            for engine in simulator.engines.values()
+        )
+        return cls(
+            policy=repr(simulator.cluster.router),
+            workload=workload.name,
+            workers=loads,
+            span_s=end - start,
+            **_columns(outcomes),
+        )
+
+    @property
+    def done(self) -> Mask:
+        """Which requests were answered in full, shape (n,)."""
+        return np.array([status == "completed" for status in self.status], dtype=bool)
+
+    @property
+    def completed(self) -> int:
+        """Requests answered in full."""
+        return int(self.done.sum())
+
+    @property
+    def ttfts(self) -> Floats:
+        """Time to first token of each request, shape (n,)."""
+        return self.first - self.arrived
+
+    @property
+    def tpots(self) -> Floats:
+        """Mean time per token after the first, shape (n,); NaN below two."""
+        later = np.where(self.output_tokens > 1, self.output_tokens - 1, 1)
+        tpots: Floats = (self.ended - self.first) / later
+        return np.where(self.done & (self.output_tokens > 1), tpots, np.nan)
+
+    @property
+    def e2es(self) -> Floats:
+        """Time to the end of each answer in full, shape (n,)."""
+        return np.where(self.done, self.ended - self.arrived, np.nan)
+
+    @property
+    def queue_s(self) -> Floats:
+        """Time each request waited for a worker, shape (n,)."""
+        return self.dispatched - self.arrived
+
+    def ttft(self, percentile: float) -> float:
+        """Return a percentile of the times to first token."""
+        return _percentile(self.ttfts, percentile)
+
+    def tpot(self, percentile: float) -> float:
+        """Return a percentile, over requests, of the times per token."""
+        return _percentile(self.tpots, percentile)
+
+    def e2e(self, percentile: float) -> float:
+        """Return a percentile of the times to the end."""
+        return _percentile(self.e2es, percentile)
+
+    def itl(self, percentile: float) -> float:
+        """Return a percentile of single gaps between tokens.
+
+        A request that was thrown out and computed again has one gap, of all
+        that time, which counts in TPOT and not here.
+        """
+        runs = np.concatenate([load.runs for load in self.workers] or [_NO_RUNS])
+        gaps = (runs[:, 1] - runs[:, 0]) / np.maximum(runs[:, 2], 1)
+        weights = runs[:, 2] * runs[:, 3]
+        order = np.argsort(gaps, kind="stable")
+        reached = np.cumsum(weights[order])
+        if not len(reached) or reached[-1] <= 0:
+            return math.nan
+        at = np.searchsorted(reached, percentile / 100.0 * reached[-1])
+        return float(gaps[order][min(int(at), len(gaps) - 1)])
+
+    def good(self, slo: Slo) -> Mask:
+        """Say which requests kept all of *slo*, shape (n,)."""
+        kept = self.done
+        if slo.ttft_s == slo.ttft_s:
+            kept = kept & (self.ttfts <= slo.ttft_s)
+        if slo.tpot_s == slo.tpot_s:
+            # An answer of one token has no later token to be late.
+            kept = kept & ~(self.tpots > slo.tpot_s)
+        if slo.e2e_s == slo.e2e_s:
+            kept = kept & (self.e2es <= slo.e2e_s)
+        return kept
+
+    def goodput(self, slo: Slo) -> float:
+        """Return requests a second that kept all of *slo*."""
+        return float(self.good(slo).sum() / self.span_s) if self.span_s else 0.0
+
+    def meets(self, slo: Slo) -> bool:
+        """Say whether each part of *slo* is kept by enough of all requests."""
+        parts = [
+            attrs.evolve(Slo(attainment=slo.attainment), **{name: bound})
+            for name in ("ttft_s", "tpot_s", "e2e_s")
+            if (bound := getattr(slo, name)) == bound
+        ]
+        return all(self.good(part).mean() >= slo.attainment for part in parts)
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of all prompt tokens, of requests that got an answer, cached."""
+        begun = ~np.isnan(self.first)
+        total = self.prompt_tokens[begun].sum()
+        return float(self.cached_tokens[begun].sum() / total) if total else 0.0
+
+    @property
+    def throughput(self) -> float:
+        """Output tokens a second."""
+        return float(self.output_tokens.sum() / self.span_s) if self.span_s else 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """Part of the workers' time spent in steps."""
+        alive = sum([load.left_at - load.joined_at for load in self.workers])
+        return sum([load.busy_s for load in self.workers]) / alive if alive else 0.0
+
+    @property
+    def imbalance(self) -> float:
+        """Busy seconds of the busiest worker over the mean; 1 is even."""
+        busy = [load.busy_s for load in self.workers]
+        mean = sum(busy) / len(busy) if busy else 0.0
+        return max(busy) / mean if mean else 1.0
+
+    @property
+    def worker_hours(self) -> float:
+        """Hours that workers were there."""
+        return sum([load.left_at - load.joined_at for load in self.workers]) / 3600.0
+
+    @property
+    def preemptions(self) -> int:
+        """Requests thrown out of a batch for want of blocks."""
+        return sum([load.preemptions for load in self.workers])
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether waits still grew when arrivals ended: not a steady state.
+
+        True if the median wait of the last quarter of arrivals is more than
+        twice that of the second quarter and longer by more than a second, or
+        if a twentieth of all requests got no full answer.
+        """
+        if not len(self.ids) or self.done.mean() < 0.95:
+            return True
+        waits = self.ttfts[np.argsort(self.arrived, kind="stable")]
+        quarter = max(len(waits) // 4, 1)
+        early = _percentile(waits[quarter : 2 * quarter], 50)
+        late = _percentile(waits[-quarter:], 50)
+        return late > 2.0 * early and late > early + 1.0
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures by name, seconds and parts."""
+        figures: dict[str, float] = {"requests": len(self.ids)}
+        figures["completed"] = self.completed
+        for name in ("ttft", "tpot", "itl", "e2e"):
+            for percentile in (50, 90, 99):
+                figures[f"{name}_p{percentile}_s"] = getattr(self, name)(percentile)
+        figures["requests_per_s"] = self.completed / self.span_s if self.span_s else 0.0
+        figures["output_tokens_per_s"] = self.throughput
+        for name in ("hit_rate", "utilisation", "imbalance", "worker_hours"):
+            figures[name] = getattr(self, name)
+        figures["queue_p90_s"] = _percentile(self.queue_s, 90)
+        figures["preemptions"] = self.preemptions
+        return figures
+
+    def table(self) -> dict[str, Any]:
+        """Return one column a figure and one row a request.
+
+        `pandas.DataFrame(report.table())` and `polars.DataFrame(report.table())`
+        both take it.
+        """
+        times = ("arrived", "dispatched", "first", "ended")
+        sizes = ("prompt_tokens", "cached_tokens", "output_tokens")
+        table: dict[str, Any] = {"id": self.ids}
+        table |= {
+            name: getattr(self, name) for name in (*times, *sizes, "worker", "status")
+        }
+        table |= {"ttft_s": self.ttfts, "tpot_s": self.tpots, "e2e_s": self.e2es}
+        return {
+            name: column if isinstance(column, np.ndarray) else [*column]
+            for name, column in table.items()
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the figures and the table as JSON, and write them to *path*."""
+        document = {
+            "policy": self.policy,
+            "workload": self.workload,
+            "overloaded": self.overloaded,
+            "summary": {name: _number(v) for name, v in self.summary().items()},
+            "requests": {
+                name: [_number(value) for value in column]
+                for name, column in self.table().items()
+            },
+        }
+        text = json.dumps(document, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    def __repr__(self) -> str:
+        label = " (overload)" if self.overloaded else ""
+        lines = [f"{self.policy} on {self.workload}{label}"]
+        return "\n".join([*lines, *table_lines(*self._grid())])
+
+    def _repr_html_(self) -> str:
+        label = " <b>overload</b>" if self.overloaded else ""
+        title = f"{html.escape(self.policy)} on {html.escape(self.workload)}{label}"
+        return f"<p>{title}</p>{html_table(*self._grid())}"
+
+    def _grid(self) -> tuple[list[str], list[list[str]]]:
+        figures = self.summary()
+        rows = [[name, f"{value:.4g}"] for name, value in figures.items()]
+        return ["figure", "value"], rows
+
+
+_NO_RUNS: Floats = np.zeros((0, 7))
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out a table in text."""
+    cells = [list(head), *[list(row) for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        ).rstrip()
+        for row in cells
+    ]
+    return [lines[0], "  ".join(["-" * width for width in widths]), *lines[1:]]
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table in HTML."""
+    top = "".join([f"<th>{html.escape(cell)}</th>" for cell in head])
+    body = "".join(
+        [
+            "<tr>" + "".join([f"<td>{html.escape(c)}</td>" for c in row]) + "</tr>"
+            for row in rows
+        ]
+    )
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _load(model: Any, joined_at: float, left_at: float) -> WorkerLoad:
+    runs = np.array(model.log, dtype=np.float64) if model.log else _NO_RUNS
+    return WorkerLoad(
+        id=model.worker.id,
+        joined_at=joined_at,
+        left_at=max(left_at, joined_at),
+        busy_s=float((runs[:, 1] - runs[:, 0]).sum()),
+        prompt_tokens=int(runs[:, 4].sum()),
+        output_tokens=int((runs[:, 2] * runs[:, 3]).sum()),
+        preemptions=model.preemptions,
+        runs=runs,
+        kv_blocks=model.worker.kv_blocks,
+    )
+
+
+def _columns(outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    rows = [*outcomes]
+    columns: dict[str, Any] = {"ids": tuple([o.job.id for o in rows])}
+    for name in ("arrived", "dispatched", "first", "ended"):
+        columns[name] = np.array([getattr(o, name) for o in rows], dtype=np.float64)
+    prompts = [o.job.request.prompt_tokens for o in rows]
+    columns["prompt_tokens"] = np.array(prompts, dtype=np.int64)
+    cached = [o.cached_tokens for o in rows]
+    columns["cached_tokens"] = np.array(cached, dtype=np.int64)
+    columns["output_tokens"] = np.array([o.generated for o in rows], dtype=np.int64)
+    columns["worker"] = tuple([o.worker for o in rows])
+    columns["status"] = tuple([o.status for o in rows])
+    return columns
+
+
+def _percentile(values: Floats, percentile: float) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.percentile(known, percentile)) if len(known) else math.nan
+
+
+def _number(value: Any) -> Any:
+    """Return what JSON can carry."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,99 @@
+"""One request as a model worker holds it, and how an engine is set up."""
+
+from __future__ import annotations
+
+import attrs
+
+from ..blocks import Hashes, Prompt
+from ..errors import InvalidRequest
+from ..types import Request
+
+
+@attrs.frozen(kw_only=True)
+class EngineSettings:
+    """How an engine schedules; the defaults are vLLM's on one Hopper GPU.
+
+    Attributes:
+        step_tokens: Most tokens a step computes, prompts and answers together.
+        watermark: Part of the KV cache that a prompt must leave free.
+        by_priority: Waiting requests go by `Request.priority`, as with vLLM's
+            `scheduling_policy="priority"`; otherwise first come, first served.
+        prefix_caching: Reuse blocks between requests.
+        report_tokens: Generated tokens between two progress reports.
+        cpu_blocks: Blocks of host memory that take what the GPU evicts.
+        cold_start_s: Seconds from the wish for a worker to its joining ready.
+
+    >>> EngineSettings().step_tokens
+    2048
+    """
+
+    step_tokens: int = 2048
+    watermark: float = 0.0
+    by_priority: bool = False
+    prefix_caching: bool = True
+    report_tokens: int = 128
+    cpu_blocks: int = 0
+    cold_start_s: float = 60.0
+
+    def __attrs_post_init__(self) -> None:
+        if self.step_tokens < 1 or self.report_tokens < 1:
+            raise InvalidRequest(f"{self!r} makes no progress")
+        if not 0.0 <= self.watermark < 1.0:
+            raise InvalidRequest(f"watermark is {self.watermark}, want [0, 1)")
+
+
+@attrs.define(eq=False)
+class Sequence:
+    """A request inside a model worker.
+
+    Attributes:
+        request: It.
+        answer: Prompt and answer, if their names are known.
+        output_tokens: How long the answer gets here.
+        names: Of the prompt's full blocks.
+        order: Its place in line.
+        remote: Its KV comes from another worker: the last token is all there
+            is to compute.
+        prefill_only: Another worker decodes it.
+        length: Tokens whose KV a prefill has to provide.
+        computed: Of them, how many there are.
+        generated: Tokens of the answer when it last joined or left the batch.
+        base: While decoding, KV tokens less the worker's step count.
+        end_step: While decoding, the step that ends it.
+        cached: Prompt tokens it found in the cache at its first admission.
+        owned: Names it holds, head first.
+        fresh: Those of them that it computes itself and has not reported.
+        nameless: Blocks it holds without a name.
+        reported: Generated tokens that were reported.
+        gone: Aborted or ended; whoever still sees it lets it be.
+        parked: Its prompt is computed and waits for its hand-over.
+    """
+
+    request: Request
+    answer: Prompt | None
+    output_tokens: int
+    names: list[int]
+    order: int = 0
+    remote: bool = False
+    prefill_only: bool = False
+    length: int = 0
+    computed: int = 0
+    generated: int = 0
+    base: int = 0
+    end_step: int = 0
+    cached: int = -1
+    owned: list[int] = attrs.field(factory=list)
+    fresh: list[int] = attrs.field(factory=list)
+    nameless: int = 0
+    reported: int = 0
+    gone: bool = False
+    parked: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks it holds."""
+        return len(self.owned) + self.nameless
+
+    def answer_names(self, block_tokens: int) -> Hashes | None:
+        """Name the full blocks of prompt and answer, if that is known."""
+        return None if self.answer is None else self.answer.hashes(block_tokens)

@@ -1,0 +1,418 @@
+"""The driver in virtual time: the unchanged `Cluster` on model workers."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+
+from .. import commands as c
+from .. import events as e
+from ..cluster import Cluster
+from ..errors import InvalidRequest, PolicyError
+from ..machines import Machine
+from ..types import Request, RequestId, State, Tier, Worker, WorkerId
+from .links import Links
+from .outcome import Outcome
+from .report import Report, Slo
+from .sequence import EngineSettings, Sequence
+from .worker import ModelWorker
+from .workload import Job, Workload
+
+
+@attrs.frozen(kw_only=True)
+class Crash:
+    """A worker dies.
+
+    Attributes:
+        at: When.
+        worker: Which; nothing happens if it is gone.
+        restart_after_s: Seconds until another joins in its place; inf: never.
+    """
+
+    at: float
+    worker: WorkerId
+    restart_after_s: float = math.inf
+
+
+@attrs.define(eq=False)
+class _Engine:
+    """A model worker and when it was last told to be woken."""
+
+    model: ModelWorker
+    joined_at: float
+    wake: float = math.nan
+    left_at: float = math.inf
+    draining: bool = False
+
+
+@attrs.define(eq=False)
+class Simulator:
+    """Drives a cluster through a workload, once.
+
+    Everything is a function of the cluster's seed and the workload: equal
+    runs give equal reports.  A policy that fails raises here, since whoever
+    writes it wants to see where.
+
+    Attributes:
+        cluster: The same state machine that drives live engines.
+        machine: Step times of its workers.
+        settings: How the engines schedule.
+        spawn: Makes the worker of a given number when the autoscaler wants
+            one more.
+        crashes: Workers that die on the way.
+        tick_s: Seconds between two `Tick` events; 0 for none.
+        signals_s: Seconds between two reports of each engine; 0 for none.
+
+    >>> from llmd import Cluster, Worker
+    >>> from llmd.sim import workloads
+    >>> simulator = Simulator(Cluster())
+    >>> report = simulator.run(
+    ...     workloads.dialogue(rate=4.0, requests=50), [Worker(id="w0")])
+    >>> report.completed
+    50
+    """
+
+    cluster: Cluster
+    machine: Machine = attrs.field(factory=Machine)
+    settings: EngineSettings = attrs.field(factory=EngineSettings)
+    spawn: Callable[[int], Worker] | None = None
+    crashes: tuple[Crash, ...] = ()
+    tick_s: float = 1.0
+    signals_s: float = 0.0
+
+    engines: dict[WorkerId, _Engine] = attrs.field(factory=dict, init=False)
+    outcomes: dict[RequestId, Outcome] = attrs.field(factory=dict, init=False)
+    now: float = attrs.field(default=0.0, init=False)
+    _links: Links = attrs.field(init=False)
+    _heap: list[tuple[float, int, Any, Any]] = attrs.field(factory=list, init=False)
+    _order: Any = attrs.field(factory=itertools.count, init=False)
+    _followers: dict[RequestId, list[Job]] = attrs.field(factory=dict, init=False)
+    _handoffs: dict[RequestId, tuple[WorkerId, WorkerId]] = attrs.field(
+        factory=dict, init=False
+    )
+    _open: int = attrs.field(default=0, init=False)
+    _spawned: int = attrs.field(default=0, init=False)
+    _slo: Slo = attrs.field(factory=Slo, init=False)
+    _misses_left: float = attrs.field(default=math.inf, init=False)
+    _progress: Callable[[int], object] | None = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        rate = self.machine.kv_bytes_per_token / self.machine.load_s_per_token(
+            Tier.REMOTE
+        )
+        self._links = Links(bytes_per_s=rate)
+
+    def run(
+        self,
+        workload: Workload,
+        workers: Iterable[Worker],
+        *,
+        until: float = math.inf,
+        give_up: Slo | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Report:
+        """Play *workload* on *workers* and report.
+
+        Args:
+            workload: What arrives.
+            workers: Who is there at the start.
+            until: Stop then; what has not ended counts as unfinished.
+            give_up: Stop as soon as this cannot be met any more.
+            progress: Called with the number of requests that ended, often.
+
+        Raises:
+            PolicyError: A policy raised, or broke its contract.
+        """
+        if self.outcomes or self.engines:
+            raise InvalidRequest("a simulator runs once: make another")
+        self._progress = progress
+        if give_up is not None:
+            self._slo = give_up
+            self._misses_left = (1.0 - give_up.attainment) * len(workload)
+        for worker in workers:
+            self._join(worker, State.READY)
+        self._schedule(workload)
+        heap, feed = self._heap, self._step
+        while heap and heap[0][0] <= until and self._misses_left >= 0:
+            at, _, action, argument = heapq.heappop(heap)
+            feed(at, action, argument)
+        return Report.of(self, workload)
+
+    def _step(self, at: float, action: Any, argument: Any) -> None:
+        self.now = at
+        action(argument)
+
+    def _schedule(self, workload: Workload) -> None:
+        for job in workload.jobs:
+            if job.id in self.outcomes:
+                raise InvalidRequest(f"two jobs are called {job.id!r}")
+            self.outcomes[job.id] = Outcome(job)
+            if job.follows:
+                self._followers.setdefault(job.follows, []).append(job)
+            else:
+                self._at(job.at, self._arrive, job)
+        self._open = len(self.outcomes)
+        deadlines = any(job.request.deadline < math.inf for job in workload.jobs)
+        if self.tick_s and (self.cluster.autoscaler is not None or deadlines):
+            self._at(0.0, self._tick, None)
+        if self.signals_s:
+            self._at(0.0, self._signal, None)
+        for crash in self.crashes:
+            self._at(crash.at, self._crash, crash)
+
+    def _at(self, at: float, action: Any, argument: Any) -> None:
+        heapq.heappush(self._heap, (at, next(self._order), action, argument))
+
+    # What the world does.
+
+    def _arrive(self, job: Job) -> None:
+        outcome = self.outcomes[job.id]
+        request = job.request
+        if request.arrived_at != self.now:
+            request = attrs.evolve(request, arrived_at=self.now)
+        outcome.arrived = self.now
+        outcome.request = request
+        if job.cancel_after_s < math.inf:
+            self._at(self.now + job.cancel_after_s, self._cancel, job.id)
+        try:
+            self._feed(e.RequestArrived(self.now, request))
+        except PolicyError:
+            raise
+        except InvalidRequest as error:
+            self._failed(request, f"refused: {error}")
+
+    def _cancel(self, id: RequestId) -> None:
+        outcome = self.outcomes[id]
+        if not outcome.status:
+            self._close(outcome, "cancelled")
+            self._feed(e.RequestCancelled(self.now, id))
+
+    def _wake(self, engine: _Engine) -> None:
+        if engine.wake != self.now or engine.left_at <= self.now:
+            return  # An earlier plan that was changed since.
+        model = engine.model
+        engine.wake = math.nan
+        model.finish(self.now)
+        self._take_events(engine)
+        if not model.busy and engine.left_at > self.now:
+            self._awake(engine, model.plan(self.now))
+        if engine.draining and not model.held:
+            self._leave(model.worker.id)
+
+    def _tick(self, _: None) -> None:
+        self._feed(e.Tick(self.now))
+        if self._open:
+            self._at(self.now + self.tick_s, self._tick, None)
+
+    def _signal(self, _: None) -> None:
+        for id, engine in self.engines.items():
+            if engine.left_at > self.now:
+                self._feed(e.SignalsReported(self.now, id, engine.model.signals()))
+        if self._open:
+            self._at(self.now + self.signals_s, self._signal, None)
+
+    def _crash(self, crash: Crash) -> None:
+        engine = self.engines.get(crash.worker)
+        if engine is None or engine.left_at <= self.now:
+            return
+        self._leave(crash.worker)
+        if crash.restart_after_s < math.inf:
+            worker = attrs.evolve(
+                engine.model.worker, id=f"{crash.worker}-at-{self.now:g}"
+            )
+            self._at(self.now + crash.restart_after_s, self._rejoin, worker)
+
+    def _rejoin(self, worker: Worker) -> None:
+        if self._open:
+            self._join(worker, State.READY)
+
+    def _ready(self, worker: WorkerId) -> None:
+        if self.engines[worker].left_at > self.now and self._open:
+            self._feed(e.WorkerChanged(self.now, worker, state=State.READY))
+
+    # What the cluster commands.
+
+    def _feed(self, event: e.Event) -> None:
+        for command in self.cluster.handle(event):
+            self._carry_out(command)
+
+    def _carry_out(self, command: c.Command) -> None:
+        match command:
+            case c.Dispatch():
+                self._dispatch(command)
+            case c.Fail(request=request, error=error):
+                if isinstance(error, PolicyError):
+                    raise error
+                self._failed(request, f"{type(error).__name__}: {error}")
+            case c.Abort(worker=worker, request_id=id):
+                self._abort(worker, id)
+            case c.Scale(workers=workers):
+                self._scale(workers)
+
+    def _dispatch(self, command: c.Dispatch) -> None:
+        request, decision = command.request, command.decision
+        outcome = self.outcomes[request.id]
+        outcome.dispatched = self.now
+        outcome.worker = decision.decode
+        outcome.attempts += 1
+        if decision.prefill is not None and decision.prefill != decision.decode:
+            outcome.prefill_worker = decision.prefill
+            self._handoffs[request.id] = (decision.prefill, decision.decode)
+        engine = self.engines[decision.first]
+        separate = decision.first != decision.decode
+        self._submit(engine, outcome, request, prefill_only=separate)
+
+    def _submit(
+        self,
+        engine: _Engine,
+        outcome: Outcome,
+        request: Request,
+        *,
+        prefill_only: bool = False,
+        remote: bool = False,
+    ) -> None:
+        model, job = engine.model, outcome.job
+        room = (
+            min(model.worker.max_model_tokens, model.worker.kv_tokens)
+            - request.prompt_tokens
+        )
+        sequence = Sequence(
+            request,
+            job.answer,
+            max(min(job.output_tokens, room), 1),
+            request.hashes(model.worker.block_tokens).tolist(),
+            prefill_only=prefill_only,
+            remote=remote,
+        )
+        self._awake(engine, model.submit(sequence, self.now))
+        if model.events and not model.busy:
+            self._take_events(engine)
+
+    def _awake(self, engine: _Engine, at: float | None) -> None:
+        if at is not None:
+            engine.wake = at
+            self._at(at, self._wake, engine)
+
+    def _take_events(self, engine: _Engine) -> None:
+        events, engine.model.events = engine.model.events, []
+        for event in events:
+            self._note(event)
+            self._feed(event)
+
+    def _note(self, event: e.Event) -> None:
+        """Write down what an engine did, for the report."""
+        match event:
+            case e.FirstToken(request_id=id):
+                outcome = self.outcomes[id]
+                outcome.first, outcome.generated = self.now, 1
+                outcome.cached_tokens = event.cached_tokens or 0
+                if self.now - outcome.arrived > self._slo.ttft_s:
+                    self._misses_left -= 1
+            case e.TokensGenerated(request_id=id, tokens=tokens):
+                self.outcomes[id].generated += tokens
+            case e.PrefillEnded(request_id=id):
+                self._hand_over(id)
+            case e.RequestEnded(request_id=id, error=None):
+                self._close(self.outcomes[id], "completed")
+
+    # Hand-over of KV from a prefill worker.
+
+    def _hand_over(self, id: RequestId) -> None:
+        source, target = self._handoffs[id]
+        engine = self.engines[target].model
+        outcome = self.outcomes[id]
+        request = outcome.request
+        size = engine.worker.block_tokens
+        held = engine.cache.held(request.hashes(size).tolist()) * size
+        moved = (request.prompt_tokens - held) * self.machine.kv_bytes_per_token
+        self._links.start(id, source, target, moved, self.now)
+        self._at(self._links.next_end(), self._moved, None)
+
+    def _moved(self, _: None) -> None:
+        for id in self._links.ended(self.now):
+            source, target = self._handoffs.pop(id)
+            engine = self.engines[source]
+            if engine.left_at > self.now:
+                self._awake(engine, engine.model.release(id, self.now))
+                if engine.draining and not engine.model.held:
+                    self._leave(source)
+            engine = self.engines[target]
+            outcome = self.outcomes[id]
+            if engine.left_at > self.now and not outcome.status:
+                self._submit(engine, outcome, outcome.request, remote=True)
+        if len(self._links):
+            self._at(self._links.next_end(), self._moved, None)
+
+    def _abort(self, worker: WorkerId, id: RequestId) -> None:
+        self._handoffs.pop(id, None)
+        self._links.cancel(id, self.now)
+        engine = self.engines[worker]
+        if engine.left_at > self.now:
+            self._awake(engine, engine.model.abort(id, self.now))
+
+    # Workers come and go.
+
+    def _join(self, worker: Worker, state: State) -> None:
+        self._spawned += 1
+        worker = attrs.evolve(worker, state=state)
+        model = ModelWorker(worker, self.machine, self.settings)
+        self.engines[worker.id] = _Engine(model, self.now)
+        self._feed(e.WorkerJoined(self.now, worker))
+
+    def _leave(self, worker: WorkerId) -> None:
+        self.engines[worker].left_at = self.now
+        self._feed(e.WorkerLeft(self.now, worker))
+        for id, (source, target) in [*self._handoffs.items()]:
+            if source == worker:
+                # The cluster knows of no prompt there any more, the engine
+                # that waits for its KV does.
+                self._links.cancel(id, self.now)
+                del self._handoffs[id]
+                why = "the KV to be fetched was lost"
+                self._feed(e.RequestEnded(self.now, target, id, why))
+
+    def _scale(self, workers: int) -> None:
+        alive = [
+            id
+            for id, engine in self.engines.items()
+            if engine.left_at > self.now and not engine.draining
+        ]
+        for _ in range(workers - len(alive)):
+            if self.spawn is None:
+                raise InvalidRequest("the autoscaler wants workers: set `spawn`")
+            worker = self.spawn(self._spawned)
+            self._join(worker, State.STARTING)
+            self._at(self.now + self.settings.cold_start_s, self._ready, worker.id)
+        # The emptiest go, of equals the youngest.
+        alive.reverse()
+        alive.sort(key=lambda id: len(self.engines[id].model.held))
+        surplus = alive[: max(len(alive) - workers, 0)]
+        for id in surplus:
+            engine = self.engines[id]
+            engine.draining = True
+            self._feed(e.WorkerChanged(self.now, id, state=State.DRAINING))
+            if not engine.model.held:
+                self._leave(id)
+
+    # Ends.
+
+    def _failed(self, request: Request, why: str) -> None:
+        self._close(self.outcomes[request.id], why)
+
+    def _close(self, outcome: Outcome, status: str) -> None:
+        if outcome.status:
+            return
+        outcome.status, outcome.ended = status, self.now
+        self._open -= 1
+        if self._progress is not None:
+            self._progress(len(self.outcomes) - self._open)
+        for job in self._followers.pop(outcome.job.id, ()):
+            if status == "completed":
+                self._at(self.now + job.think_s, self._arrive, job)
+            else:
+                self._close(self.outcomes[job.id], "predecessor failed")

@@ -1,0 +1,244 @@
+"""Readers of public traces, and a writer.
+
+No trace is packed with llmd: pass a path.  Files may be plain, `.gz`, or
+`.zst` where the `zstd` program is installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..blocks import Hashes, Prompt
+from ..errors import InvalidRequest
+from ..types import Request
+from .catalogue import from_profile
+from .prompts import SegmentPrompt, mixed
+from .workload import Job, Workload
+
+_ZSTD_S = 120.0
+
+
+def mooncake(path: str | Path, name: str = "") -> Workload:
+    """Read Mooncake JSONL (FAST '25): 512-token blocks named by prefix.
+
+    A line has `timestamp` in ms, `input_length`, `output_length` and
+    `hash_ids`.  Only full blocks can be reused, so the last, partial one has
+    no name here.  Arrival times of the published traces are rounded to 3 s:
+    see `Workload.jittered`.
+    """
+    jobs = []
+    for row, line in enumerate(_lines(path)):
+        fields = _fields(path, row, line)
+        prompt = Prompt.named(
+            fields["hash_ids"], block_tokens=512, tokens=max(fields["input_length"], 1)
+        )
+        jobs.append(
+            Job(
+                request=Request(id=f"m{row}", prompt=prompt),
+                output_tokens=max(fields["output_length"], 1),
+                at=fields["timestamp"] / 1000.0,
+            )
+        )
+    return Workload(name=name or _stem(path), jobs=jobs, block_tokens=512)
+
+
+def write_mooncake(workload: Workload, path: str | Path) -> None:
+    """Write *workload* as Mooncake JSONL, 512-token blocks.
+
+    Followers are written at the time they would arrive if every answer took
+    no time; the format knows no sessions.
+    """
+    ids: dict[int, int] = {}
+    ends: dict[str, float] = {}
+    with Path(path).open("w") as file:
+        for job in _chronological(workload, ends):
+            names = job.request.hashes(512).tolist()
+            line = {
+                "timestamp": round(ends[job.id] * 1000),
+                "input_length": job.request.prompt_tokens,
+                "output_length": job.output_tokens,
+                "hash_ids": [ids.setdefault(name, len(ids)) for name in names],
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def azure(path: str | Path, name: str = "", requests: int | None = None) -> Workload:
+    """Read an Azure LLM inference trace (CSV; Splitwise, ISCA 2024).
+
+    Columns TIMESTAMP, ContextTokens, GeneratedTokens.  Nothing is known of
+    contents, so no prompt shares a prefix with another.
+    """
+    jobs = []
+    start: datetime | None = None
+    for row, line in enumerate(csv.DictReader(_lines(path))):
+        if requests is not None and row >= requests:
+            break
+        # Python reads six decimals, the file has seven.
+        when = datetime.fromisoformat(line["TIMESTAMP"][:26])
+        start = start or when
+        tokens = max(int(line["ContextTokens"]), 1)
+        jobs.append(
+            Job(
+                request=Request(id=f"a{row}", prompt=SegmentPrompt([(row, tokens)])),
+                output_tokens=max(int(line["GeneratedTokens"]), 1),
+                at=(when - start).total_seconds(),
+            )
+        )
+    return Workload(name=name or _stem(path), jobs=jobs)
+
+
+def weka(
+    path: str | Path, sessions: int | None = None, name: str = "", gap_s: float = 5.0
+) -> Workload:
+    """Read agent sessions of kv-cache-tester, one JSON object a line.
+
+    Block ids are local to a session.  A request comes `think_time` seconds
+    after the answer before it; sub-agents' requests run in their own line.
+
+    Args:
+        path: Of the file.
+        sessions: Read only so many.
+        name: Of the workload.
+        gap_s: Seconds between the starts of two sessions, which the file does
+            not tell.
+    """
+    jobs: list[Job] = []
+    size = 0
+    for row, line in enumerate(_lines(path)):
+        if sessions is not None and row >= sessions:
+            break
+        fields = _fields(path, row, line)
+        size = size or int(fields["block_size"])
+        if fields["block_size"] != size:
+            raise InvalidRequest(f"{path}: blocks of {size} and others")
+        root = f"k{row}"
+        _session(jobs, root, row, fields["requests"], size, row * gap_s, ())
+    return Workload(name=name or _stem(path), jobs=jobs, block_tokens=size or 64)
+
+
+def _session(
+    jobs: list[Job],
+    root: str,
+    row: int,
+    requests: list[dict[str, Any]],
+    size: int,
+    start: float,
+    path: tuple[int, ...],
+    called: tuple[str, float] = ("", 0.0),
+) -> None:
+    """Append one line of requests, each following the one before.
+
+    The first follows its caller, whose id and lead in seconds are *called*.
+    """
+    before, lead = called
+    answered = 0.0
+    for turn, fields in enumerate(requests):
+        if "requests" in fields:
+            # A sub-agent begins while its caller waits for it.
+            inner, begin = (*path, turn), float(fields["t"])
+            called = (before, max(begin - answered, 0.0))
+            _session(jobs, root, row, fields["requests"], size, start, inner, called)
+            continue
+        answered = float(fields["t"]) + float(fields.get("api_time") or 0.0)
+        tokens = max(int(fields["in"]), 1)
+        names = _chained(row, fields["hash_ids"])
+        id = ".".join([root, *map(str, path), str(turn)])
+        jobs.append(
+            Job(
+                request=Request(
+                    id=id,
+                    prompt=Prompt.named(names, block_tokens=size, tokens=tokens),
+                    session=".".join([root, *map(str, path)]),
+                    tenant=root,
+                ),
+                output_tokens=max(int(fields["out"]), 1),
+                at=start + float(fields["t"]),
+                follows=before,
+                think_s=lead or max(float(fields.get("think_time") or 0.0), 0.0),
+            )
+        )
+        before, lead = id, 0.0
+
+
+def _chained(session: int, ids: list[int]) -> Hashes:
+    """Name prefixes from local block ids: a sum over blocks scattered by place."""
+    blocks = np.asarray(ids, dtype=np.uint64)
+    places = np.arange(len(blocks), dtype=np.uint64)
+    golden = np.uint64(0x9E37_79B9_7F4A_7C15)
+    seeds = mixed(np.full(len(blocks), session + 1, dtype=np.uint64) * golden)
+    names: Hashes = np.cumsum(mixed(mixed(blocks * golden + places) + seeds))
+    return names
+
+
+def inference_perf(
+    path: str | Path, requests: int = 1000, rate: float = 1.0, seed: int = 0
+) -> Workload:
+    """Draw a workload from a profile of the inference-perf catalogue.
+
+    Args:
+        path: Of the profile's `config.json`.
+        requests: How many.
+        rate: Requests a second.
+        seed: Of all that is drawn.
+    """
+    file = Path(path)
+    profile = _fields(file, 0, file.read_text())
+    return from_profile(profile, requests, rate, seed, file.parent.name)
+
+
+def _lines(path: str | Path) -> Iterator[str]:
+    file = Path(path)
+    if file.suffix == ".gz":
+        with gzip.open(file, "rt") as lines:
+            yield from lines
+    elif file.suffix == ".zst":
+        yield from io.StringIO(_unzstd(file))
+    else:
+        with file.open() as lines:
+            yield from lines
+
+
+def _unzstd(path: Path) -> str:
+    program = shutil.which("zstd")
+    if program is None:
+        raise InvalidRequest(f"{path}: install zstd, or decompress it first")
+    run = subprocess.run(
+        [program, "-dcq", "--long=27", str(path)],
+        capture_output=True,
+        timeout=_ZSTD_S,
+        check=False,
+    )
+    if run.returncode:
+        raise InvalidRequest(f"{path}: {run.stderr.decode().strip()}")
+    return run.stdout.decode()
+
+
+def _fields(path: str | Path, row: int, line: str) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise InvalidRequest(f"{path}, line {row + 1}: {error}") from error
+    return fields
+
+
+def _stem(path: str | Path) -> str:
+    return Path(path).name.split(".")[0]
+
+
+def _chronological(workload: Workload, times: dict[str, float]) -> list[Job]:
+    for job in workload.jobs:
+        times[job.id] = job.at
+        if job.follows:
+            times[job.id] = times[job.follows] + job.think_s
+    return sorted(workload.jobs, key=lambda job: times[job.id])

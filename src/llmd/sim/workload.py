@@ -1,0 +1,183 @@
+"""What is asked of a fleet, and when: jobs and the workloads they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+import numpy as np
+
+from ..blocks import Prompt
+from ..errors import InvalidRequest
+from ..types import Request, RequestId
+from ..view import Floats
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Job:
+    """A request with what only the simulator may know of it.
+
+    Attributes:
+        request: What the scheduler sees; `arrived_at` is set when it arrives.
+        output_tokens: How long the answer will be.
+        at: When it arrives, seconds; for a follower, set by its predecessor.
+        answer: Prompt and answer as the prompt they make for a next turn; None
+            if nothing ever follows up on it.
+        follows: Id of the request whose answer the client reads first.
+        think_s: Seconds from that answer to this request.
+        cancel_after_s: Seconds after arrival at which the client gives up.
+    """
+
+    request: Request
+    output_tokens: int
+    at: float = 0.0
+    answer: Prompt | None = None
+    follows: RequestId = ""
+    think_s: float = 0.0
+    cancel_after_s: float = math.inf
+
+    def __attrs_post_init__(self) -> None:
+        if self.output_tokens < 1:
+            raise InvalidRequest(
+                f"output_tokens of {self.request.id!r} is {self.output_tokens},"
+                " must be at least 1"
+            )
+
+    @property
+    def id(self) -> RequestId:
+        """Id of its request."""
+        return self.request.id
+
+
+def _ordered(jobs: Sequence[Job]) -> tuple[Job, ...]:
+    return tuple(sorted(jobs, key=lambda job: job.at))
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Workload:
+    """Jobs in order of arrival.
+
+    Attributes:
+        name: For reports.
+        jobs: Those that arrive by themselves in order of `at`, and followers.
+        block_tokens: Smallest block size at which all prompts have names.
+        remake: Makes the same kind of workload from another seed, if it can.
+
+    >>> from llmd.sim import workloads
+    >>> dialogue = workloads.dialogue(rate=2.0, requests=100, seed=1)
+    >>> len(dialogue), dialogue.rate > 0
+    (100, True)
+    >>> round(dialogue.at_rate(5.0).rate, 6)
+    5.0
+    """
+
+    name: str
+    jobs: tuple[Job, ...] = attrs.field(converter=_ordered, repr=False)
+    block_tokens: int = 16
+    remake: Callable[[int], Workload] | None = attrs.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.jobs)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first arrival to the last that is scheduled."""
+        times = [job.at for job in self.jobs if not job.follows]
+        return max(times) - min(times) if times else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests a second, over the span of scheduled arrivals."""
+        return len(self.jobs) / self.span_s if self.span_s else math.inf
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Sum of all prompts."""
+        return sum([job.request.prompt_tokens for job in self.jobs])
+
+    @property
+    def output_tokens(self) -> int:
+        """Sum of all answers."""
+        return sum([job.output_tokens for job in self.jobs])
+
+    def at_rate(self, rate: float) -> Workload:
+        """Return the same jobs, arrivals stretched to *rate* requests a second.
+
+        Think times stay: people do not think faster when more of them come.
+        """
+        if not rate > 0 or not self.span_s:
+            raise InvalidRequest(f"cannot bring {self.name!r} to {rate} requests/s")
+        return self._stretched(self.rate / rate)
+
+    def seeded(self, seed: int) -> Workload:
+        """Return another of its kind; without `remake`, other arrival times.
+
+        A workload that was read from a file keeps its jobs and their order,
+        with each gap drawn anew around its own length.
+        """
+        if self.remake is not None:
+            return self.remake(seed)
+        return self.jittered(self.span_s / max(len(self), 1), seed)
+
+    def first(self, requests: int) -> Workload:
+        """Return its first *requests* jobs and followers of theirs."""
+        kept: list[Job] = []
+        ids: set[RequestId] = set()
+        for job in self.jobs:
+            if len(kept) < requests and (not job.follows or job.follows in ids):
+                kept.append(job)
+                ids.add(job.id)
+        return attrs.evolve(self, jobs=kept, remake=None)
+
+    def jittered(self, width_s: float, seed: int = 0) -> Workload:
+        """Return it with each arrival moved by up to *width_s* later.
+
+        Undoes clocks that were rounded down, as in the Mooncake traces (3 s).
+        """
+        rng = np.random.default_rng(seed)
+        moves = rng.uniform(0.0, width_s, len(self.jobs)).tolist()
+        jobs = [
+            job if job.follows else attrs.evolve(job, at=job.at + move)
+            for job, move in zip(self.jobs, moves, strict=True)
+        ]
+        return attrs.evolve(self, jobs=jobs)
+
+    def arriving(self, times: Floats) -> Workload:
+        """Return its scheduled jobs, in order, at *times*, shape (n,)."""
+        heads = [job for job in self.jobs if not job.follows]
+        if len(times) < len(heads):
+            raise InvalidRequest(f"{len(times)} times for {len(heads)} arrivals")
+        placed = iter(times.tolist())
+        jobs = [
+            job if job.follows else attrs.evolve(job, at=next(placed))
+            for job in self.jobs
+        ]
+        return attrs.evolve(self, jobs=jobs, remake=None)
+
+    def _stretched(self, factor: float) -> Workload:
+        start = min([job.at for job in self.jobs if not job.follows])
+        jobs = [
+            job
+            if job.follows
+            else attrs.evolve(job, at=start + (job.at - start) * factor)
+            for job in self.jobs
+        ]
+        remake = self.remake
+        if remake is None:
+            return attrs.evolve(self, jobs=jobs)
+        return attrs.evolve(self, jobs=jobs, remake=_Stretched(remake, factor))
+
+
+@attrs.frozen
+class _Stretched:
+    """Remakes a workload and stretches it; unlike a closure it can be pickled."""
+
+    remake: Callable[[int], Workload]
+    factor: float
+
+    def __call__(self, seed: int) -> Workload:
+        return self.remake(seed)._stretched(self.factor)

@@ -1,0 +1,209 @@
+"""The model worker against an engine that takes one step at a time."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from llmd import Machine, Request, Worker
+from llmd import events as e
+from llmd.sim import EngineSettings, ModelWorker
+from llmd.sim.prompts import SegmentPrompt
+from llmd.sim.sequence import Sequence
+
+MACHINE = Machine(prefill_floor_s=0.02, decode_floor_s=0.01)
+
+
+class Plodding(ModelWorker):
+    """Takes one step at a time."""
+
+    def _most_steps(self, chunks):
+        return min(super()._most_steps(chunks), 1)
+
+
+def make(worker=None, kind=ModelWorker, **settings):
+    worker = worker or Worker(id="w", kv_blocks=1000, block_tokens=16)
+    return kind(worker, MACHINE, EngineSettings(**settings))
+
+
+def sequence(id, tokens, output=1, text=None, **kwargs):
+    prompt = SegmentPrompt([(text or sum(id.encode()), tokens)])
+    request = Request(id=id, prompt=prompt, **kwargs)
+    return Sequence(request, None, output, request.hashes(16).tolist())
+
+
+def drain(model, arrivals, aborts=()):
+    """Play *arrivals*, (time, sequence), out; return all events."""
+    todo = [(at, 0, s) for at, s in arrivals] + [(at, 1, id) for at, id in aborts]
+    todo.sort(key=lambda entry: entry[:2])
+    events, wake = [], None
+    while todo or wake is not None:
+        if todo and (wake is None or todo[0][0] < wake):
+            at, kind, what = todo.pop(0)
+            new = (model.abort if kind else model.submit)(what, at)
+            if model.busy:
+                wake = new or wake
+        else:
+            at, wake = wake, None
+            model.finish(at)
+            wake = model.plan(at)
+        model.cache.check()
+        events += model.events
+        model.events = []
+    return events
+
+
+def times(events, kind):
+    return {ev.request_id: ev.at for ev in events if isinstance(ev, kind)}
+
+
+def test_one_request_takes_its_prefill_and_its_steps():
+    events = drain(make(), [(0.0, sequence("a", 100, output=11))])
+    first = MACHINE.prefill_s(100.0)
+    steps = [MACHINE.decode_s(1, 101 + i) for i in range(10)]
+    assert times(events, e.FirstToken)["a"] == pytest.approx(first)
+    assert times(events, e.RequestEnded)["a"] == pytest.approx(first + sum(steps))
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decoding():
+    model = make(step_tokens=64)
+    events = drain(
+        model, [(0.0, sequence("a", 16, output=50)), (0.02, sequence("b", 500))]
+    )
+    tokens = [(int(run[2]), int(run[4])) for run in model.log]
+    # 63 tokens a step go to b while a decodes: 7 full chunks and the rest.
+    assert (7, 7 * 63) in tokens
+    assert (1, 500 - 7 * 63) in tokens
+    assert times(events, e.RequestEnded).keys() == {"a", "b"}
+
+
+def test_a_second_prompt_finds_full_blocks_but_its_last_token_is_computed():
+    model = make()
+    events = drain(
+        model,
+        [(0.0, sequence("a", 64, text=5)), (1.0, sequence("b", 64, text=5))],
+    )
+    cached = {
+        ev.request_id: ev.cached_tokens for ev in events if hasattr(ev, "cached_tokens")
+    }
+    assert cached == {"a": 0, "b": 48}
+
+
+def test_without_prefix_caching_nothing_is_found():
+    model = make(prefix_caching=False)
+    events = drain(
+        model,
+        [(0.0, sequence("a", 64, text=5)), (1.0, sequence("b", 64, text=5))],
+    )
+    assert {getattr(ev, "cached_tokens", 0) for ev in events} == {0}
+    assert not [ev for ev in events if isinstance(ev, e.BlocksStored)]
+
+
+def test_the_last_to_come_is_thrown_out_when_blocks_run_short_and_still_ends():
+    model = make(Worker(id="w", kv_blocks=12, block_tokens=16))
+    events = drain(
+        model,
+        [(0.0, sequence("a", 64, output=100)), (0.0, sequence("b", 64, output=100))],
+    )
+    assert model.preemptions > 0
+    ended = times(events, e.RequestEnded)
+    assert ended["a"] < ended["b"]
+    generated = sum(ev.tokens for ev in events if isinstance(ev, e.TokensGenerated))
+    assert generated == 2 * 99
+    assert len(times(events, e.FirstToken)) == 2
+
+
+def test_priorities_reorder_those_that_wait():
+    model = make(Worker(id="w", max_running=1), by_priority=True)
+    events = drain(
+        model,
+        [
+            (0.0, sequence("a", 100, output=20)),
+            (0.01, sequence("low", 100, priority=5)),
+            (0.02, sequence("high", 100, priority=-5)),
+        ],
+    )
+    first = times(events, e.FirstToken)
+    assert first["high"] < first["low"]
+
+
+def test_a_prompt_larger_than_the_cache_fails_at_once():
+    model = make(Worker(id="w", kv_blocks=3, block_tokens=16))
+    [event] = drain(model, [(0.0, sequence("a", 100))])
+    assert "larger than the KV cache" in event.error
+
+
+def test_an_abort_frees_everything():
+    model = make()
+    drain(
+        model,
+        [(0.0, sequence("a", 5000, output=500)), (0.0, sequence("b", 50, output=900))],
+        aborts=[(0.03, "a"), (0.5, "b")],
+    )
+    assert model.cache.used_blocks == 0
+    assert not model.held
+
+
+requests = st.lists(
+    st.tuples(
+        st.floats(0, 2),
+        st.integers(1, 300),
+        st.integers(1, 60),
+        st.integers(1, 3),
+        st.none() | st.floats(0, 1.5),
+    ),
+    max_size=12,
+)
+
+
+def settle(plan, step_tokens, kv_blocks, places, single):
+    """Run *plan*; *single* forbids to advance several steps at once."""
+    worker = Worker(id="w", kv_blocks=kv_blocks, block_tokens=16, max_running=places)
+    model = make(worker, Plodding if single else ModelWorker, step_tokens=step_tokens)
+    arrivals, aborts = [], []
+    for row, (at, tokens, output, text, patience) in enumerate(plan):
+        arrivals.append((at, sequence(f"r{row}", tokens, output, text=text)))
+        if patience is not None:
+            aborts.append((at + patience, f"r{row}"))
+    return model, drain(model, arrivals, aborts)
+
+
+@given(requests, st.integers(8, 100), st.integers(23, 60), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_advancing_many_steps_at_once_changes_nothing(
+    plan, step_tokens, blocks, places
+):
+    fast, quick = settle(plan, step_tokens, blocks, places, single=False)
+    slow, steady = settle(plan, step_tokens, blocks, places, single=True)
+    for kind in (e.FirstToken, e.RequestEnded):
+        one, other = times(quick, kind), times(steady, kind)
+        assert one.keys() == other.keys()
+        assert [one[id] for id in one] == pytest.approx([other[id] for id in one])
+    assert fast.preemptions == slow.preemptions
+    assert fast.cache.used_blocks == slow.cache.used_blocks == 0
+
+
+@given(requests, st.integers(8, 100), st.integers(23, 60), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_tokens_and_blocks_are_conserved(plan, step_tokens, blocks, places):
+    model, events = settle(plan, step_tokens, blocks, places, single=False)
+    held: set[int] = set()
+    generated = {f"r{row}": 0 for row in range(len(plan))}
+    for event in events:
+        match event:
+            case e.BlocksStored(hashes=hashes):
+                assert not held & set(hashes.tolist())
+                held |= set(hashes.tolist())
+            case e.BlocksRemoved(hashes=hashes):
+                held -= set(hashes.tolist())
+            case e.FirstToken(request_id=id):
+                assert generated[id] == 0
+                generated[id] = 1
+            case e.TokensGenerated(request_id=id, tokens=tokens):
+                assert generated[id] >= 1
+                generated[id] += tokens
+            case e.RequestEnded(request_id=id, error=None):
+                row = int(id[1:])
+                assert generated[id] == plan[row][2]
+    assert held == model.cache.names()
+    assert np.all(np.diff([run[1] for run in model.log]) > 0)

@@ -1,0 +1,114 @@
+"""A process with a NIXL transport that does as it is told through a pipe."""
+
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import time
+
+import numpy as np
+
+from llmd.transport import Layout, Settings
+
+KEY = b"shared by those who may exchange"
+LAYOUT = Layout(
+    model="m", dtype="f32", layers=4, block_tokens=16, block_bytes=1 << 16, order="nhd"
+)
+QUICK = Settings(heartbeat_s=0.05, silence_s=0.6)
+BLOCKS = 64
+
+
+def fill(seed):
+    rng = np.random.default_rng(seed)
+    shape = (LAYOUT.layers, BLOCKS, LAYOUT.block_bytes)
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def transport(slab, **kwargs):
+    from llmd.adapters.nixl import NixlTransport, Slab
+
+    return NixlTransport(Slab.of(slab, LAYOUT), KEY, settings=QUICK, **kwargs)
+
+
+def damage_writes(times):
+    """Flip a byte of the next writes on their way; memory here is as before."""
+    from llmd.adapters.nixl.carrier import Carrier
+
+    honest = Carrier._write
+    left = [times]
+
+    def write(self, what):
+        slab = self.slab.owner
+        if not left[0]:
+            return honest(self, what)
+        left[0] -= 1
+        byte = (what.layer, what.source[0], 1234)
+        slab[byte] ^= 1
+        try:
+            return honest(self, what)
+        finally:
+            slab[byte] ^= 1
+
+    Carrier._write = write
+
+
+def serve(pipe, seed, damaged):
+    if damaged:
+        damage_writes(damaged)
+    slab = fill(seed)
+    mine = transport(slab)
+    with mine, contextlib.suppress(EOFError):
+        pipe.send(mine.address())
+        while True:
+            method, *arguments = pipe.recv()
+            if method == "scribble":
+                slab[:, arguments[0]] = 255
+                pipe.send(None)
+            elif method == "counts":
+                pipe.send(dict(mine.counts))
+            elif method == "path":
+                pipe.send(mine.path)
+            else:
+                pipe.send(getattr(mine, method)(*arguments))
+
+
+class PeerProcess:
+    """The process, its transport's address, and how to hurt it."""
+
+    def __init__(self, seed=1, damaged=0):
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(theirs, seed, damaged), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.slab = fill(seed)
+        self.address = self.receive()
+
+    def receive(self):
+        if not self.pipe.poll(60):
+            raise TimeoutError("the peer's process is silent")
+        return self.pipe.recv()
+
+    def do(self, *call):
+        self.pipe.send(call)
+        return self.receive()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.join(10)
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return
+        time.sleep(2e-3)
+    raise TimeoutError("it never happened")

@@ -1,0 +1,226 @@
+"""What NIXL lacks, on real processes: death, hangs, damage, restarts."""
+
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nixl")
+pytest.importorskip("xxhash")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import peer as p
+
+from llmd.errors import TransferError
+from llmd.transport import (
+    BlocksFreed,
+    Fetch,
+    Offer,
+    Side,
+    TransferEnded,
+    TransferId,
+)
+
+
+class Here:
+    """The transport of this process and what it reported."""
+
+    def __init__(self):
+        self.slab = np.zeros_like(p.fill(0))
+        self.transport = p.transport(self.slab)
+        self.reports = []
+
+    def ended(self, id):
+        return self._find(TransferEnded, id)
+
+    def freed(self, id):
+        return self._find(BlocksFreed, id)
+
+    def _find(self, kind, id):
+        self.reports += self.transport.poll()
+        found = [r for r in self.reports if r.id == id and type(r) is kind]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+
+@pytest.fixture
+def here():
+    here = Here()
+    yield here
+    here.transport.close()
+
+
+@pytest.fixture
+def peers():
+    made = []
+
+    def make(**kwargs):
+        made.append(p.PeerProcess(**kwargs))
+        return made[-1]
+
+    yield make
+    for peer in made:
+        peer.kill()
+
+
+def fetch(here, peer, blocks, *, early=False, timeout_s=20.0, ready=True):
+    id = TransferId.fresh("r")
+    peer.do("offer", Offer(id=id, blocks=blocks, ready=ready))
+    name = here.transport.connect(peer.address)
+    wanted = Fetch(id=id, peer=name, blocks=blocks, early=early, timeout_s=timeout_s)
+    here.transport.fetch(wanted)
+    return id
+
+
+def test_blocks_cross_processes(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [1, 2, 3, 60])
+    p.wait_for(lambda: here.freed(id))
+    assert here.ended(id).error is None
+    assert (here.slab[:, [1, 2, 3, 60]] == peer.slab[:, [1, 2, 3, 60]]).all()
+    p.wait_for(lambda: peer.do("path") is not None)
+    path = peer.do("path")
+    assert path.writes
+    assert path.lanes.startswith("cma"), path
+    assert not path.slow
+
+
+def test_a_byte_flipped_on_the_way_is_sent_again(here, peers):
+    peer = peers(damaged=2)
+    id = fetch(here, peer, [5, 6, 7])
+    p.wait_for(lambda: here.freed(id))
+    ended = here.ended(id)
+    assert ended.error is None
+    assert ended.retransmitted_blocks == 2
+    assert (here.slab[:, [5, 6, 7]] == peer.slab[:, [5, 6, 7]]).all()
+    assert here.transport.counts["damaged_blocks"] == 2
+
+
+def test_bytes_that_never_arrive_whole_are_an_error(here, peers):
+    peer = peers(damaged=10_000)
+    id = fetch(here, peer, [5, 6, 7])
+    p.wait_for(lambda: here.freed(id))
+    assert "damaged 3 times" in here.ended(id).error
+
+
+def test_a_killed_source_frees_the_target(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [1, 2], ready=False)
+    peer.do("ready", id, 0)
+    p.wait_for(lambda: (here.slab[0, [1, 2]] == peer.slab[0, [1, 2]]).all())
+    peer.kill()
+    p.wait_for(lambda: here.freed(id))
+    assert here.ended(id).error
+    assert here.transport.counts["quarantined_blocks"] == 0
+    with pytest.raises(TransferError):
+        here.transport.fetch(Fetch(id=id, peer="gone", blocks=[1]))
+
+
+def test_a_source_killed_before_it_is_asked_is_an_error(here, peers):
+    peer = peers()
+    id = TransferId.fresh("r")
+    peer.do("offer", Offer(id=id, blocks=[1]))
+    peer.kill()
+    try:
+        name = here.transport.connect(peer.address)
+        here.transport.fetch(Fetch(id=id, peer=name, blocks=[1], timeout_s=5.0))
+    except TransferError:
+        return  # found out at once
+    p.wait_for(lambda: here.freed(id))
+    assert here.ended(id).error
+
+
+def test_a_restarted_source_is_a_new_peer(here, peers):
+    first = peers()
+    id = fetch(here, first, [1], ready=False)
+    first.kill()
+    p.wait_for(lambda: here.freed(id))
+    second = peers(seed=2)
+    id = fetch(here, second, [1])
+    p.wait_for(lambda: here.freed(id))
+    assert here.ended(id).error is None
+    assert (here.slab[:, 1] == second.slab[:, 1]).all()
+
+
+def test_a_hung_source_keeps_its_blocks_in_quarantine_until_it_wakes(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [1, 2], ready=False)
+    p.wait_for(lambda: peer.do("counts").get("offers"))
+    peer.signal(signal.SIGSTOP)
+    p.wait_for(lambda: here.ended(id))
+    assert "hangs" in here.ended(id).error
+    assert here.freed(id) is None
+    with pytest.raises(TransferError, match="not over yet"):
+        here.transport.fetch(
+            Fetch(id=TransferId.fresh("s"), peer=here_peer(here), blocks=[2])
+        )
+    peer.signal(signal.SIGCONT)
+    p.wait_for(lambda: here.freed(id))
+    assert here.transport.counts["quarantined_blocks"] == 0
+
+
+def here_peer(here):
+    (name,) = here.transport._endpoint.peers
+    return name
+
+
+def test_a_hung_source_that_is_killed_frees_the_target(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [1, 2], ready=False)
+    p.wait_for(lambda: peer.do("counts").get("offers"))
+    peer.signal(signal.SIGSTOP)
+    p.wait_for(lambda: here.ended(id))
+    peer.kill()
+    p.wait_for(lambda: here.freed(id))
+
+
+def offer(here, peer, ready):
+    """Let *peer* be the target; return the id once it has asked."""
+    id = TransferId.fresh("r")
+    here.transport.offer(Offer(id=id, blocks=[3, 4], ready=ready))
+    name = peer.do("connect", here.transport.address())
+    peer.do("fetch", Fetch(id=id, peer=name, blocks=[3, 4], timeout_s=20.0))
+    return id
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_target_that_is_lost_frees_the_source(here, peers, fault):
+    peer = peers()
+    id = offer(here, peer, ready=False)
+    p.wait_for(lambda: here.transport._endpoint.peers)
+    here.transport.ready(id, 0)
+    peer.signal(fault)
+    p.wait_for(lambda: here.freed(id))
+    ended = here.ended(id)
+    assert ended.side is Side.SOURCE
+    assert ended.error
+    assert here.transport.counts["offers"] == 0
+
+
+def test_an_offer_that_lapsed_is_refused_though_its_blocks_hold_other_bytes(
+    here, peers
+):
+    peer = peers()
+    id = TransferId.fresh("r")
+    peer.do("offer", Offer(id=id, blocks=[1, 2], timeout_s=0.05))
+    p.wait_for(lambda: any(type(r) is BlocksFreed for r in peer.do("poll")))
+    peer.do("scribble", [1, 2])  # another request has the blocks now
+    name = here.transport.connect(peer.address)
+    here.transport.fetch(Fetch(id=id, peer=name, blocks=[1, 2]))
+    p.wait_for(lambda: here.freed(id))
+    assert "lapsed" in here.ended(id).error
+    assert not here.slab.any()
+
+
+def test_a_frame_without_the_key_is_dropped(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [1], ready=False)
+    name = here_peer(here)
+    forged = b"\x07\x01" + bytes(60)  # FAIL, but sealed by nobody
+    here.transport._call(lambda: here.transport._endpoint.heard(name, forged, 0.0))
+    p.wait_for(lambda: here.transport.counts.get("forged"))
+    assert here.ended(id) is None
+    peer.do("ready", id, 0)
