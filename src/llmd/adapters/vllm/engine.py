@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import EngineError, WorkerLost
 from ...live.engine import Call, Engine, Output, Report
-from ...types import RequestId, State, Worker, WorkerId
+from ...types import RequestId, Role, State, Worker, WorkerId
 from . import calls, sampling, stats
 from .kv_events import KVEventDecoder
 from .kv_stream import KVEndpoint, KVEventStream
@@ -239,6 +239,7 @@ class VllmEngine(Engine):
             id=worker,
             models=frozenset(self.names),
             loras=frozenset(self._loras),
+            role=_role(config.kv_transfer_config),
             kv_blocks=config.cache_config.num_gpu_blocks,
             block_tokens=config.cache_config.block_size,
             max_model_tokens=config.model_config.max_model_len,
@@ -265,6 +266,12 @@ class VllmEngine(Engine):
         codes = [core.exitcode for core in self._cores]
         if self._death is not None and not self._death.done():
             self._death.set_result(f"the engine core exited with {codes}")
+
+
+def _role(transfer: Any) -> Role:
+    """Return what an engine may be asked to do, by its KV connector."""
+    roles = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
+    return roles.get(getattr(transfer, "kv_role", None) or "", Role.BOTH)
 
 
 async def _warm(llm: Any, gate: Gate) -> None:
