@@ -45,7 +45,7 @@ def face(
 def _homes(stub: str) -> dict[str, str]:
     """Return the module of each name a stub imports; empty if it is a module.
 
-    >>> _homes("from . import events\\nfrom .a.b import Router as Router")
+    >>> _homes("from . import events; from .a.b import Router")
     {'events': '', 'Router': 'a.b'}
     """
     return {
