@@ -27,7 +27,7 @@ def record(path, router, load, **kwargs):
     with path.open("w") as file:
         cluster.observer = Recorder(file)
         simulator = Simulator(
-            cluster, spawn=lambda row: llmd.Worker(id=f"n{row}"), **kwargs
+            cluster, spawn=lambda row, pool: llmd.Worker(id=f"n{row}"), **kwargs
         )
         return simulator.run(load, fleet(2))
 

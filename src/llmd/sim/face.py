@@ -94,7 +94,7 @@ def simulate(
         cluster,
         machine=machine or Machine(),
         settings=settings or EngineSettings(),
-        spawn=lambda row: attrs.evolve(template, id=f"{template.id}-{row}"),
+        spawn=lambda row, pool: attrs.evolve(template, id=f"{template.id}-{row}"),
         crashes=tuple(crashes),
         signals_s=signals_s,
     )

@@ -24,7 +24,8 @@ from ..machines import Machine
 from ..types import RequestId, Worker
 from .codec import decode, encode, outline
 from .sequence import EngineSettings
-from .study import Comparison, Policies, compare
+from .setting import Policies
+from .study import Comparison, compare
 from .workload import Job, Workload
 
 VERSION = 1
