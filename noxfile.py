@@ -65,6 +65,8 @@ def vllm(session: nox.Session) -> None:
     """Run the tests on real engines."""
     install_engine(session)
     session.run("pytest", "-m", "vllm", "tests", *session.posargs, env=QUIET)
+    if not session.posargs:
+        session.run("pytest", "-m", "not vllm", "tests/transport", env=QUIET)
 
 
 @nox.session(**ENGINE)

@@ -43,7 +43,8 @@ async def conversation(server, name, asked):
 
 async def run(model: str, *workers: str):
     """Run the three conversations side by side on these engines."""
-    async with Server() as server:
+    router = 3 * llmd.PrefixOverlap() + 2 * llmd.KVHeadroom() + 2 * llmd.QueueDepth()
+    async with Server(llmd.Cluster(router=router)) as server:
         for worker in workers:
             await server.add(VllmEngine(model, options=OPTIONS), worker)
         talks = (conversation(server, *item) for item in prompts().items())

@@ -5,14 +5,56 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import llmd
+from llmd import balancer as b
 from llmd import commands as c
 from llmd import events as e
+
+
+def first_come():
+    return llmd.Fcfs(max_running=3, max_waiting=20)
+
+
+def counted_tokens():
+    return b.FlowControl(b.Vtc(b.ShortestPrefill()), rooms=[b.FixedRoom(requests=3)])
+
+
+def deficits():
+    order = b.D2lpm(quantum=64.0, worker_quantum=64.0, look=2)
+    return b.FlowControl(order, rooms=[b.FixedRoom(requests=3)])
+
+
+def everything():
+    bands = [
+        b.Band(order=b.Las(b.Edf(), half_life=2.0), max_wait=4.0),
+        b.Band(order=b.Drr(b.WeightedShortest(), quantum=64.0), max_requests=9),
+        b.Band(order=b.Dlpm(quantum=64.0), ceiling=0.5, max_wait=4.0, max_tokens=500),
+    ]
+    return b.FlowControl(
+        b.Bands(bands, every=3),
+        gates=[
+            b.QueueFull(requests=20),
+            b.RateLimit(requests_per_min=120.0, tokens_per_min=9000.0),
+            b.DeadlineInfeasible(),
+            b.Saturation(max_wait_s=1.0),
+        ],
+        rooms=[
+            b.FixedRoom(requests=3, kv_usage=0.5),
+            b.AimdRoom(itl_s=0.5, start=3, highest=3, samples=1),
+            b.LongPrefillCap(long_tokens=60),
+            b.PromptBudget(tokens=150.0, window_s=1.0),
+        ],
+    )
+
+
+BALANCERS = (first_come, counted_tokens, deficits, everything)
+# These leave no worker with room while anybody waits.
+CONSERVING = (first_come, counted_tokens, deficits)
 
 
 def make_cluster(observer):
     return llmd.Cluster(
         router=2 * llmd.PrefixOverlap() + llmd.QueueDepth(),
-        balancer=llmd.Fcfs(max_running=3, max_waiting=20),
+        balancer=first_come(),
         autoscaler=llmd.TargetConcurrency(requests_per_worker=4, max_workers=5),
         seed=1,
         observer=observer,
@@ -31,6 +73,7 @@ class ClusterMachine(RuleBasedStateMachine):
         self.workers: set[str] = set()
         self.gone: list[tuple[str, str]] = []
         self.requests: dict[str, llmd.Request] = {}
+        self.balancer = first_come
 
     def feed(self, event):
         for command in self.cluster.handle(event):
@@ -42,13 +85,15 @@ class ClusterMachine(RuleBasedStateMachine):
                     self.where[request.id] = decision.decode
                 case c.Requeue(request=request):
                     assert request.id not in self.streamed
-                    self.gone.append((self.where.pop(request.id), request.id))
+                    if request.id in self.where:
+                        self.gone.append((self.where.pop(request.id), request.id))
                     self.waiting.add(request.id)
                 case c.Fail(request=request):
                     self.waiting.discard(request.id)
                     self.where.pop(request.id, None)
                 case c.Abort(worker=worker, request_id=id):
                     assert self.where.pop(id) == worker
+                    self.gone.append((worker, id))
                 case c.Scale(workers=workers):
                     assert 1 <= workers <= 5
 
@@ -65,8 +110,10 @@ class ClusterMachine(RuleBasedStateMachine):
         start=st.integers(0, 2),
         salt=st.sampled_from(["", "x"]),
         patience=st.sampled_from([1.0, 8.0, float("inf")]),
+        tenant=st.sampled_from("abc"),
+        priority=st.integers(-1, 3),
     )
-    def arrive(self, tokens, start, salt, patience):
+    def arrive(self, tokens, start, salt, patience, tenant, priority):
         self.count += 1
         request = llmd.Request(
             id=f"r{self.count}",
@@ -74,15 +121,34 @@ class ClusterMachine(RuleBasedStateMachine):
             prompt=range(start, start + tokens),
             salt=salt,
             deadline=self.now + patience,
+            tenant=tenant,
+            priority=priority,
+            sheddable=priority > 1,
         )
-        self.waiting.add(request.id)
         self.requests[request.id] = request
+        try:
+            self.cluster.check(request)
+        except llmd.errors.PromptTooLong:
+            return
+        self.waiting.add(request.id)
         self.feed(e.RequestArrived(self.now, request))
 
-    @rule(size=st.sampled_from([16, 32]))
-    def join(self, size):
+    @rule(make=st.sampled_from(BALANCERS))
+    def replace_balancer(self, make):
+        self.balancer = make
+        self.cluster.balancer = make()
+        self.log.append(make)
+        self.feed(e.Tick(self.now))
+
+    @rule(size=st.sampled_from([16, 32]), longest=st.sampled_from([50, 1 << 30]))
+    def join(self, size, longest):
         self.count += 1
-        worker = llmd.Worker(id=f"w{self.count}", kv_blocks=100, block_tokens=size)
+        worker = llmd.Worker(
+            id=f"w{self.count}",
+            kv_blocks=100,
+            block_tokens=size,
+            max_model_tokens=longest,
+        )
         self.workers.add(worker.id)
         self.feed(e.WorkerJoined(self.now, worker))
 
@@ -172,12 +238,27 @@ class ClusterMachine(RuleBasedStateMachine):
             self.requests[id].prompt_tokens for id in self.waiting
         )
         self.cluster.index.check()
+        assert not self.cluster.waiting.faults
+
+    @invariant()
+    def work_is_conserved(self):
+        if self.balancer not in CONSERVING:
+            return
+        workers = self.cluster.view.workers
+        room = workers.ready() & (workers.running_requests < 3)
+        longest = workers.max_model_tokens[room].max(initial=0)
+        for request in self.cluster.view.waiting:
+            assert request.prompt_tokens + 1 > longest
 
     def teardown(self):
         replayed = []
         twin = make_cluster(replayed.append)
-        for event in [entry for entry in self.log if isinstance(entry, e.Event)]:
-            twin.handle(event)
+        for entry in list(self.log):
+            if entry in BALANCERS:
+                twin.balancer = entry()
+                replayed.append(entry)
+            elif isinstance(entry, e.Event):
+                twin.handle(entry)
         assert replayed == self.log
 
 

@@ -140,6 +140,11 @@ class Hasher:
         total += int(self._sums[end]) - int(self._sums[start_tokens])
         return (start + total) & 0xFFFF_FFFF_FFFF_FFFF
 
+    @property
+    def fingerprint(self) -> str:
+        """A name of the key that does not give it away."""
+        return hashlib.blake2b(b"llmd", digest_size=8, key=self.key[:64]).hexdigest()
+
     def seed(self, *names: str) -> np.uint64:
         """Return a number to add to names that must not meet others.
 
@@ -198,10 +203,33 @@ class Hasher:
         return np.frombuffer(stream, dtype="<u8").astype(np.uint64) | np.uint64(1)
 
 
-@functools.cache
+_PROCESS: list[Hasher] = []
+
+
 def process_hasher() -> Hasher:
     """Return the hasher of this process, its key drawn on the first call."""
-    return Hasher()
+    if not _PROCESS:
+        _PROCESS.append(Hasher())
+    return _PROCESS[0]
+
+
+def share_key(key: bytes) -> Hasher:
+    """Name all prompts of this process under *key*, as other processes do.
+
+    To be called before the first prompt is named.  The key is a secret: who has
+    it can forge prompts that share a name.
+
+    Raises:
+        InvalidRequest: Prompts were named under another key already, or the key
+            is shorter than 16 bytes.
+    """
+    if len(key) < 16:
+        raise InvalidRequest(f"the key has {len(key)} bytes, want 16 or more")
+    if _PROCESS and _PROCESS[0].key != key:
+        raise InvalidRequest("this process names prompts under another key already")
+    if not _PROCESS:
+        _PROCESS.append(Hasher(key))
+    return _PROCESS[0]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import attrs
 
-from .decision import Decision
+from .booking import Booking
 from .fleet import Fleet
-from .types import Request, RequestId, WorkerId
-
-
-@attrs.define(eq=False)
-class Booking:
-    """A request that was dispatched and has not ended.
-
-    Attributes:
-        request: It.
-        decision: Where it runs.
-        prefill_tokens: Prompt tokens booked on `decision.first`, 0 once done.
-        context_tokens: Prompt and output tokens booked on `decision.decode`.
-        prefilled: The prompt is computed.
-        streamed: Its client has seen part of the answer.
-    """
-
-    request: Request
-    decision: Decision
-    prefill_tokens: int
-    context_tokens: int
-    prefilled: bool = False
-    streamed: bool = False
-
-    @property
-    def workers(self) -> tuple[WorkerId, ...]:
-        """The workers that hold something of it."""
-        decode, prefill = self.decision.decode, self.decision.prefill
-        if prefill is None or prefill == decode or self.prefilled:
-            return (decode,)
-        return (prefill, decode)
+from .types import RequestId, WorkerId
 
 
 @attrs.define(eq=False)
@@ -51,6 +23,9 @@ class Books:
     fleet: Fleet
     _bookings: dict[RequestId, Booking] = attrs.field(factory=dict, init=False)
     _held: defaultdict[WorkerId, dict[RequestId, None]] = attrs.field(
+        factory=lambda: defaultdict(dict), init=False
+    )
+    _sheddable: defaultdict[WorkerId, dict[RequestId, None]] = attrs.field(
         factory=lambda: defaultdict(dict), init=False
     )
 
@@ -75,16 +50,18 @@ class Books:
             return None
         return booking
 
-    def book(self, request: Request, decision: Decision, uncached_tokens: int) -> None:
-        """Book *request* on the workers of *decision*."""
-        booking = Booking(request, decision, uncached_tokens, request.prompt_tokens)
-        self._bookings[request.id] = booking
+    def book(self, booking: Booking) -> None:
+        """Book a request on its workers; one that streamed is never booked."""
+        id = booking.request.id
+        self._bookings[id] = booking
         for worker in booking.workers:
-            self._held[worker][request.id] = None
+            self._held[worker][id] = None
+            if booking.request.sheddable:
+                self._sheddable[worker][id] = None
             self._add(worker, "running_requests", 1)
             self._add(worker, "waiting_requests", 1)
-        self._add(decision.first, "prefill_tokens", uncached_tokens)
-        self._add(decision.decode, "context_tokens", booking.context_tokens)
+        self._add(booking.decision.first, "prefill_tokens", booking.prefill_tokens)
+        self._add(booking.decision.decode, "context_tokens", booking.context_tokens)
 
     def prefill_done(self, booking: Booking) -> None:
         """Release what the prompt took, and the prefill worker if separate."""
@@ -103,6 +80,7 @@ class Books:
         self.prefill_done(booking)
         if not booking.streamed:
             booking.streamed = True
+            self._keep(booking.decision.decode, booking)
             self._add(booking.decision.decode, "waiting_requests", -1)
             self.generated(booking, 1)
 
@@ -112,23 +90,39 @@ class Books:
         self._add(booking.decision.decode, "context_tokens", tokens)
 
     def release(self, booking: Booking) -> None:
-        """End a booking; what gone workers held is gone with them."""
-        decode = booking.decision.decode
-        self.prefill_done(booking)
+        """End a booking; what gone workers held is gone with them.
+
+        The booking itself is as before, so that it can be booked again.
+        """
+        decision = booking.decision
+        self._add(decision.first, "prefill_tokens", -booking.prefill_tokens)
         if booking.streamed:
-            self._add(decode, "waiting_requests", 1)
-        self._let_go(decode, booking)
-        self._add(decode, "context_tokens", -booking.context_tokens)
+            self._add(decision.decode, "waiting_requests", 1)
+        for worker in booking.workers:
+            self._let_go(worker, booking)
+        self._add(decision.decode, "context_tokens", -booking.context_tokens)
         del self._bookings[booking.request.id]
+
+    def sheddable(self, worker: WorkerId) -> Iterator[Booking]:
+        """Yield what *worker* may shed: it streamed nothing; newest first."""
+        for id in reversed([*self._sheddable.get(worker, ())]):
+            yield self._bookings[id]
 
     def close(self, worker: WorkerId) -> None:
         """Forget an empty page: *worker* is gone."""
         self._held.pop(worker, None)
+        self._sheddable.pop(worker, None)
 
     def _let_go(self, worker: WorkerId, booking: Booking) -> None:
         self._held[worker].pop(booking.request.id, None)
+        self._keep(worker, booking)
         self._add(worker, "running_requests", -1)
         self._add(worker, "waiting_requests", -1)
+
+    def _keep(self, worker: WorkerId, booking: Booking) -> None:
+        """Note that *booking* is not to be shed on *worker* any more."""
+        if booking.request.sheddable:
+            self._sheddable[worker].pop(booking.request.id, None)
 
     def _add(self, worker: WorkerId, column: str, amount: int) -> None:
         row = self.fleet.row(worker)

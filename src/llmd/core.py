@@ -10,6 +10,7 @@ A request is in exactly one place: waiting, booked, or gone.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import attrs
@@ -19,23 +20,25 @@ from sortedcontainers import SortedList
 from . import commands as c
 from .autoscaler import Autoscaler
 from .balancer import Fcfs, QueueBalancer
-from .books import Booking, Books
-from .decision import Decision
+from .booking import Booking
+from .books import Books
+from .dispatching import dispatch
 from .errors import (
     DeadlineExceeded,
     DuplicateRequest,
     LlmdError,
-    PolicyError,
     PromptTooLong,
     UnknownAdapter,
     UnknownModel,
+    policy_error,
 )
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
+from .peers import Peers
 from .router import EarliestFirstToken, Router
-from .types import Request, RequestId
+from .types import Request, RequestId, WorkerId
 from .view import View
-from .waiting import WaitingRequests
+from .waiting import LaneName, WaitingRequests
 
 
 @attrs.define(eq=False)
@@ -43,7 +46,7 @@ class Core:
     """Policies, books and queue of a cluster; see `Cluster` for its face."""
 
     router: Router = attrs.field(factory=EarliestFirstToken)
-    balancer: QueueBalancer = attrs.field(factory=Fcfs)
+    _balancer: QueueBalancer = attrs.field(factory=Fcfs)
     autoscaler: Autoscaler | None = None
     index: PrefixIndex = attrs.field(factory=ExactIndex)
     max_attempts: int = 3
@@ -52,14 +55,17 @@ class Core:
     view: View = attrs.field(init=False)
     fleet: Fleet = attrs.field(factory=Fleet, init=False)
     books: Books = attrs.field(init=False)
-    waiting: WaitingRequests = attrs.field(factory=WaitingRequests, init=False)
+    waiting: WaitingRequests = attrs.field(init=False)
+    peers: Peers = attrs.field(init=False)
     models: set[str] = attrs.field(factory=set, init=False)
-    attempts: dict[RequestId, int] = attrs.field(factory=dict, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
     asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
+    _limits: tuple[int, ...] = attrs.field(default=(), init=False)
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
+        self.peers = Peers(self.fleet)
+        self.waiting = WaitingRequests(self._balancer, self._group)
         self.view = View(
             now=-math.inf,
             rng=np.random.default_rng(self.seed),
@@ -67,6 +73,21 @@ class Core:
             waiting=self.waiting,
             match=self._match,
         )
+
+    @property
+    def balancer(self) -> QueueBalancer:
+        """Orders the requests that wait; another one files them anew.
+
+        Raises:
+            PolicyError: On assignment, if the new one cannot place what waits;
+                the old one stays.
+        """
+        return self._balancer
+
+    @balancer.setter
+    def balancer(self, balancer: QueueBalancer) -> None:
+        self._file_anew(balancer)
+        self._balancer = balancer
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequest if *request* can never be served here."""
@@ -89,10 +110,11 @@ class Core:
 
     def expire(self, id: RequestId) -> list[c.Command]:
         """End a request whose deadline has passed."""
-        waiting = self.waiting.remove(id)
-        if waiting is not None:
-            self.gone(waiting)
-            return [c.Fail(waiting, DeadlineExceeded(f"{id!r} waited too long"))]
+        entry = self.waiting.remove(id, self.view)
+        if entry is not None:
+            self.gone(entry.request)
+            error = DeadlineExceeded(f"{id!r} waited too long")
+            return [c.Fail(entry.request, error)]
         booking = self.books.get(id)
         assert booking is not None, "a deadline outlived its request"
         aborts = self.abort(booking)
@@ -119,86 +141,41 @@ class Core:
         self.asked_workers |= {advice.pool: advice.workers for advice in changed}
         return [c.Scale(advice.workers, advice.pool, advice) for advice in changed]
 
-    def dispatch(self, model: str | None = None) -> list[c.Command]:
-        """Send on whatever can go, for one model or for all."""
-        commands: list[c.Command] = []
-        for name in self.waiting.models() if model is None else (model,):
-            while (request := self.waiting.peek(name)) is not None:
-                try:
-                    decision = self._place(request)
-                    if decision is None:
-                        break
-                    uncached = self._announce(request, decision)
-                except Exception as error:
-                    self.waiting.remove(request.id)
-                    self.gone(request)
-                    commands.append(c.Fail(request, policy_error(self.router, error)))
-                    continue
-                self.waiting.remove(request.id)
-                self.books.book(request, decision, uncached)
-                self.view.totals.uncached_tokens += uncached
-                self.view.advance(self.view.now)
-                commands.append(c.Dispatch(request, decision))
-        return commands
-
-    def _place(self, request: Request) -> Decision | None:
-        """Ask the policies where *request* may and should go now."""
-        view = self.view
-        able = self.fleet.serving(request.model, request.lora)
-        room = np.asarray(self.balancer.room(request, view))
-        if room.shape != able.shape or room.dtype != np.bool_:
-            raise PolicyError(
-                f"{self.balancer!r} gave room {room.dtype}{room.shape} for"
-                f" {len(able)} workers"
-            )
-        tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-        able = able & room & (view.workers.max_model_tokens >= tokens)
-        if not able.any():
-            return None
-        return self.router.route(request, view.only(able))
-
-    def _announce(self, request: Request, decision: Decision) -> int:
-        """Tell the policies of a decision; return the uncached prompt tokens.
-
-        The index comes last: what it expects, a booking will settle.
-        """
-        for worker in (decision.first, decision.decode):
-            if worker not in self.fleet:
-                raise PolicyError(f"{self.router!r} chose {worker!r}: not there")
-        row = self.fleet.row(decision.first)
-        uncached = int(self.view.uncached_tokens(request)[row])
-        self.balancer.dispatched(request, uncached, self.view)
-        self.index.expect(decision.first, request, self.view.now)
-        if decision.first != decision.decode:
-            self.index.expect(decision.decode, request, self.view.now)
-        return uncached
+    def dispatch(self, lane: LaneName | None = None) -> list[c.Command]:
+        """Send on whatever can go, of one lane or of all."""
+        return dispatch(self, lane)
 
     def charge(self, booking: Booking, tokens: int) -> list[c.Command]:
         """Tell the balancer of generated tokens; if it fails, so does the request."""
         self.view.totals.generated_tokens += tokens
+        request = booking.request
         try:
-            self.balancer.generated(booking.request, tokens, self.view)
+            self.balancer.generated(booking, tokens, self.view)
+            self.waiting.touch(self.balancer.flow(request))
         except Exception as error:
             aborts = self.abort(booking)
-            self.gone(booking.request)
-            failure = policy_error(self.balancer, error)
-            return [*aborts, c.Fail(booking.request, failure)]
+            self.gone(request)
+            return [*aborts, c.Fail(request, policy_error(self.balancer, error))]
+        booking.last_token_at = self.view.now
         return []
 
     def retry(self, booking: Booking, error: LlmdError) -> c.Command:
         """Queue a failed request again if its client cannot tell, else fail it."""
-        request = booking.request
         self.release(booking)
-        attempts = self.attempts.get(request.id, 0) + 1
+        attempts = booking.attempts + 1
         if booking.streamed or attempts >= self.max_attempts:
-            self.gone(request)
-            return c.Fail(request, error)
-        self.attempts[request.id] = attempts
+            self.gone(booking.request)
+            return c.Fail(booking.request, error)
+        return self.requeue(booking, attempts)
+
+    def requeue(self, booking: Booking, attempts: int) -> c.Command:
+        """Let a request whose booking has ended wait again, before its equals."""
+        request = booking.request
         try:
-            self.waiting.push(self.balancer.key(request, self.view), request)
-        except Exception as failure:
+            self.waiting.push(request, self.view, booking.since, attempts, again=True)
+        except LlmdError as failure:
             self.gone(request)
-            return c.Fail(request, policy_error(self.balancer, failure))
+            return c.Fail(request, failure)
         return c.Requeue(request)
 
     def abort(self, booking: Booking) -> list[c.Command]:
@@ -209,30 +186,50 @@ class Core:
 
     def release(self, booking: Booking) -> None:
         """End a booking, whatever came of it."""
-        for worker in booking.workers:
-            if not booking.streamed:
-                self.index.settle(worker, booking.request, None, self.view.now)
         self.books.release(booking)
+        self.settle(booking)
+
+    def settle(self, booking: Booking) -> None:
+        """Tell the policies that a booking is over."""
+        if not booking.streamed:
+            for worker in booking.workers:
+                self.index.settle(worker, booking.request, None, self.view.now)
+        self.waiting.tell(self.balancer.ended, booking, self.view)
+        self.waiting.tell(self._touch, booking.request)
+
+    def _touch(self, request: Request) -> None:
+        self.waiting.touch(self.balancer.flow(request))
 
     def gone(self, request: Request) -> None:
         """Forget a request that is in no place any more."""
-        self.attempts.pop(request.id, None)
         if request.deadline < math.inf:
             self.deadlines.discard((request.deadline, request.id))
+
+    def judge(self, booking: Booking, worker: WorkerId, error: str | None) -> None:
+        """Tell the router how a dispatch ended; what it raises blames no request."""
+        try:
+            self.router.ended(booking.request, worker, error, self.view)
+        except Exception as failure:
+            self.waiting.faults.append(policy_error(self.router, failure))
 
     def refresh(self) -> list[c.Command]:
         """Show policies the changed fleet and see what it makes possible."""
         self.view.workers = self.fleet.workers
+        if self.fleet.limits != self._limits:
+            self._limits = self.fleet.limits
+            self._file_anew(self.balancer)
         return self.dispatch()
+
+    def _file_anew(self, balancer: QueueBalancer) -> None:
+        old = self.waiting
+        self.waiting = self.view.waiting = old.successor(balancer, self.view)
+        if balancer is not self._balancer:
+            old.dismiss(self.view)
+
+    def _group(self, request: Request) -> tuple[Hashable, ...]:
+        """Return what keeps requests apart: who can serve them differs."""
+        tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+        return request.model, request.lora, self.fleet.fit(tokens)
 
     def _match(self, request: Request, workers: Any, at: float) -> Any:
         return self.index.match(request, workers, at)
-
-
-def policy_error(policy: object, error: Exception) -> LlmdError:
-    """Return what a failing policy costs the request it was asked about."""
-    if isinstance(error, PolicyError):
-        return error
-    wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped

@@ -48,6 +48,10 @@ class BlockSizeMismatch(LlmdError, ValueError):
     """Prefix hashes of one block size were asked for at another."""
 
 
+class InvalidSnapshot(LlmdError, ValueError):
+    """A dumped index is damaged, of another version or under another key."""
+
+
 class InvalidEvent(LlmdError, ValueError):
     """A cluster cannot accept the event; it changed nothing."""
 
@@ -124,3 +128,16 @@ class HandshakeRefused(TransferError, ValueError):
 
 class CircuitOpen(TransferError):
     """The peer failed too often lately; nothing is tried for a while."""
+
+
+class NoWay(TransferError):
+    """There is no way for KV between two workers; the message says why."""
+
+
+def policy_error(policy: object, error: Exception) -> LlmdError:
+    """Return what a failing policy costs the request it was asked about."""
+    if isinstance(error, PolicyError):
+        return error
+    wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,17 +1,30 @@
 """What happens to a cluster.  Every event says when, in `at`.
 
 Events about a worker or a request that is gone are late, not wrong: a cluster
-ignores them.  Ids are never used twice, so a late event cannot be mistaken.
+ignores them.  Ids are never used twice, so a late event cannot be mistaken;
+only of a request that is back on the worker it was taken from, a driver must
+not report what the first try did.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import attrs
 
 from .blocks import Hashes
-from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
+from .types import (
+    Load,
+    Request,
+    RequestId,
+    Role,
+    Signals,
+    State,
+    Tier,
+    Worker,
+    WorkerId,
+)
 
 
 @attrs.frozen
@@ -134,12 +147,16 @@ class BlocksStored(Event):
     Attributes:
         hashes: Names of the prefixes, shape (n,), as `Request.hashes` gives.
         block_tokens: Tokens a block, by the engine's own word.
+        window_tokens: These blocks are read by sliding-window layers alone,
+            which look back this far; 0 if a block counts only behind all
+            before it.
     """
 
     worker: WorkerId
     hashes: Hashes
     block_tokens: int
     tier: Tier = Tier.GPU
+    window_tokens: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -157,10 +174,13 @@ class BlocksCleared(Event):
 
     Attributes:
         reason: In words, for diagnosis; empty if the engine asked for it.
+        unknown: The cache is not empty; events were missed, so that what was
+            told before says nothing any more.
     """
 
     worker: WorkerId
     reason: str = ""
+    unknown: bool = False
 
 
 @attrs.frozen
@@ -174,6 +194,23 @@ class SignalsReported(Event):
     worker: WorkerId
     signals: Signals
     measured_at: float = math.nan
+
+
+@attrs.frozen(eq=False)
+class PeerReported(Event):
+    """Another router of the same fleet told all that it has booked.
+
+    Attributes:
+        peer: Its name, of this run of it.
+        sequence: Its count of such reports; an older one changes nothing.
+        loads: By worker; idle ones may be left out.
+        valid_s: Seconds after which it counts no more, unless told again.
+    """
+
+    peer: str
+    sequence: int
+    loads: Mapping[WorkerId, Load]
+    valid_s: float = 1.0
 
 
 @attrs.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import attrs
@@ -26,6 +27,7 @@ class Fleet:
 
     workers: Workers = attrs.field(init=False)
     columns: dict[str, Any] = attrs.field(init=False)
+    _limits: list[int] = attrs.field(factory=list, init=False)
     _rows: dict[WorkerId, int] = attrs.field(factory=dict, init=False)
     _serving: dict[tuple[str, str], Mask] = attrs.field(factory=dict, init=False)
     _longest: dict[str, int] = attrs.field(factory=dict, init=False)
@@ -36,6 +38,16 @@ class Fleet:
 
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fleet:
+        # The columns that policies read are views of those written here, which
+        # copying one by one would tear apart.
+        twin = Fleet()
+        twin.columns = {name: column.copy() for name, column in self.columns.items()}
+        twin._show(self.workers.facts, self.workers.states)
+        memo[id(self)] = twin
+        memo[id(self.workers)] = twin.workers
+        return twin
 
     def row(self, worker: WorkerId) -> int | None:
         """Return the worker's row, if it is there."""
@@ -101,6 +113,15 @@ class Fleet:
             self._serving[model, lora] = mask
         return mask
 
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The distinct lengths, in tokens, that ready workers take."""
+        return tuple(self._limits)
+
+    def fit(self, tokens: int) -> int:
+        """Return the size class of a request: how many limits are too short."""
+        return bisect.bisect_left(self._limits, tokens)
+
     def knows(self, lora: str) -> bool:
         """Say whether any worker has the adapter."""
         return any(lora in worker.loras for worker in self.workers.facts)
@@ -132,5 +153,8 @@ class Fleet:
         ids = tuple([worker.id for worker in facts])
         self.workers = Workers(ids=ids, facts=facts, states=states, **shown)
         self._rows = {worker: row for row, worker in enumerate(ids)}
+        self._limits = sorted(
+            set(self.workers.max_model_tokens[self.workers.ready()].tolist())
+        )
         self._serving.clear()
         self._longest.clear()

@@ -13,14 +13,14 @@ from typing import Any
 
 from . import commands as c
 from . import events as e
-from .core import Core, policy_error
+from .core import Core
 from .errors import (
     EngineError,
     InvalidEvent,
-    PolicyError,
     Rejected,
     UnknownModel,
     WorkerLost,
+    policy_error,
 )
 
 
@@ -28,29 +28,27 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
     request = event.request
     core.check(request)
     core.view.advance(event.at)
+    balancer = core.balancer
     try:
-        verdict = core.balancer.admit(request, core.view)
-        key = core.balancer.key(request, core.view)
-        if key != key:
-            raise PolicyError(f"{core.balancer!r} gave {request.id!r} the key {key}")
-        if verdict.admitted:
-            core.waiting.push(key, request)
+        verdict = balancer.admit(request, core.view)
+        if not verdict.admitted:
+            return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+        lane = core.waiting.push(request, core.view, since=event.at)
     except Exception as error:
-        return [c.Fail(request, policy_error(core.balancer, error))]
-    if not verdict.admitted:
-        return [c.Fail(request, Rejected(verdict.reason, verdict.retry_after))]
+        return [c.Fail(request, policy_error(balancer, error))]
     core.view.totals.requests += 1
     core.view.totals.prompt_tokens += request.prompt_tokens
     if request.deadline < math.inf:
         core.deadlines.add((request.deadline, request.id))
-    return core.dispatch(request.model)
+    core.waiting.tell(balancer.admitted, request, core.view)
+    return core.dispatch(lane)
 
 
 def cancelled(core: Core, event: e.RequestCancelled) -> list[c.Command]:
     core.view.advance(event.at)
-    request = core.waiting.remove(event.request_id)
-    if request is not None:
-        core.gone(request)
+    entry = core.waiting.remove(event.request_id, core.view)
+    if entry is not None:
+        core.gone(entry.request)
         return []
     booking = core.books.get(event.request_id)
     if booking is None:
@@ -78,6 +76,7 @@ def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
     for worker in booking.workers:
         cached = event.cached_tokens if worker == booking.decision.first else None
         core.index.settle(worker, booking.request, cached, event.at)
+    booking.first_token_at = event.at
     core.books.first_token(booking)
     return [*core.charge(booking, 1), *core.dispatch()]
 
@@ -96,6 +95,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None:
         return []
+    core.judge(booking, event.worker, event.error)
     if event.error is None:
         core.view.totals.ended_requests += 1
         core.release(booking)
@@ -116,6 +116,7 @@ def joined(core: Core, event: e.WorkerJoined) -> list[c.Command]:
         raise InvalidEvent(f"{event!r}: a worker of this id is there already")
     core.view.advance(event.at)
     core.fleet.join(worker)
+    core.peers.joined(worker.id)
     core.models |= worker.models
     core.index.join(worker, event.at)
     return core.refresh()
@@ -159,6 +160,7 @@ def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
             for worker in booking.workers
             if worker != event.worker
         ]
+        core.judge(booking, event.worker, "the worker was lost")
         error = WorkerLost(f"worker {event.worker!r} was lost")
         commands.append(core.retry(booking, error))
     core.books.close(event.worker)
@@ -175,7 +177,7 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
     core.view.advance(event.at)
     core.models.discard(event.model)
     commands: list[c.Command] = []
-    for request in core.waiting.drop_model(event.model):
+    for request in core.waiting.drop_model(event.model, core.view):
         error = UnknownModel(f"model {event.model!r} was removed")
         core.gone(request)
         commands.append(c.Fail(request, error))
@@ -185,6 +187,8 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
 def stored(core: Core, event: e.BlocksStored) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
+        if event.window_tokens:
+            core.index.window(event.worker, event.window_tokens, event.at)
         core.index.store(
             event.worker, event.hashes, event.block_tokens, event.tier, event.at
         )
@@ -201,7 +205,8 @@ def removed(core: Core, event: e.BlocksRemoved) -> list[c.Command]:
 def cleared(core: Core, event: e.BlocksCleared) -> list[c.Command]:
     core.view.advance(event.at)
     if event.worker in core.fleet:
-        core.index.forget(event.worker, event.reason, event.at)
+        drop = core.index.doubt if event.unknown else core.index.forget
+        drop(event.worker, event.reason, event.at)
     return []
 
 
@@ -213,9 +218,17 @@ def reported(core: Core, event: e.SignalsReported) -> list[c.Command]:
     return []
 
 
+def peer_reported(core: Core, event: e.PeerReported) -> list[c.Command]:
+    core.view.advance(event.at)
+    core.peers.expire(event.at)
+    core.peers.hear(event)
+    return core.dispatch()
+
+
 def ticked(core: Core, event: e.Tick) -> list[c.Command]:
     scale = core.scale(event.at)
     core.view.advance(event.at)
+    core.peers.expire(event.at)
     commands: list[c.Command] = []
     while core.deadlines and core.deadlines[0][0] <= event.at:
         commands += core.expire(core.deadlines[0][1])
@@ -238,5 +251,6 @@ TRANSITIONS: dict[type, Callable[[Any, Any], list[c.Command]]] = {
     e.BlocksRemoved: removed,
     e.BlocksCleared: cleared,
     e.SignalsReported: reported,
+    e.PeerReported: peer_reported,
     e.Tick: ticked,
 }

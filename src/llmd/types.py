@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import attrs
 
@@ -80,6 +80,8 @@ class Request:
         session: Turns of one conversation carry one session name.
         priority: Smaller runs earlier, as in vLLM.
         deadline: Absolute time after which nobody waits any more, seconds.
+        sheddable: It may be taken off its worker for more urgent work, as
+            long as it streamed nothing; it waits again then.
 
     Raises:
         InvalidRequest: A value is out of range; `EmptyPrompt` for no tokens.
@@ -100,6 +102,7 @@ class Request:
     session: str = ""
     priority: int = 0
     deadline: float = math.inf
+    sheddable: bool = False
 
     def __attrs_post_init__(self) -> None:
         if not self.id:
@@ -109,6 +112,9 @@ class Request:
                 f"max_new_tokens of {self.id!r} is {self.max_new_tokens},"
                 " must be at least 1"
             )
+
+    def __deepcopy__(self, memo: object) -> Request:
+        return self  # Its identity is what it is, and it never changes.
 
     @property
     def prompt_tokens(self) -> int:
@@ -168,6 +174,22 @@ class Worker:
     def kv_tokens(self) -> int:
         """Tokens its KV cache holds."""
         return self.kv_blocks * self.block_tokens
+
+
+class Load(NamedTuple):
+    """What one router has booked on a worker.
+
+    Attributes:
+        running_requests: Dispatched there and not ended.
+        waiting_requests: Those of them with no first token yet.
+        prefill_tokens: Prompt tokens dispatched there and not yet computed.
+        context_tokens: Prompt and output tokens of its running requests.
+    """
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    prefill_tokens: int = 0
+    context_tokens: int = 0
 
 
 @attrs.frozen(kw_only=True)

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import Request, Role, State, Worker, WorkerId
+from .types import Request, RequestId, Role, State, Worker, WorkerId
 
 Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
@@ -175,7 +175,7 @@ class Waiting(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Request]:
-        """Yield the requests, next first within each model."""
+        """Yield the requests, in order within each flow."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -183,6 +183,9 @@ class Waiting(Protocol):
 
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
+
+    def since(self, id: RequestId) -> float | None:
+        """Return when a waiting request arrived; None if it does not wait."""
 
 
 @attrs.define(eq=False)

@@ -1,71 +1,151 @@
-"""The requests that wait, in the order a `QueueBalancer` gives them."""
+"""The requests that wait, in the order a `QueueBalancer` gives them.
+
+Requests are filed in lanes, which never hold each other up, and within a lane
+in flows.  The head of a lane is the request with the smallest (turn of its
+flow, key, number of arrival).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import attrs
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
+from .balancer.interface import Place, QueueBalancer
+from .errors import LlmdError, PolicyError, policy_error
+from .lane import Entry, Lane, Rank
 from .types import Request, RequestId
+from .view import View
+
+LaneName: TypeAlias = tuple[Hashable, Hashable]
+Casualty: TypeAlias = tuple[Request, LlmdError]
 
 
 @attrs.define(eq=False)
 class WaitingRequests:
-    """Requests by model and key; equal keys stay in order of `push`.
+    """Files requests as *balancer* says, and tells it who waits.
 
-    Models wait apart, so that one whose workers are full holds up no other.
-    Each call is O(log n).
+    With n requests in f flows and l lanes, `push`, `remove` and the moves of
+    `refresh` are O(log n + log f) each.  A hook that raises where no request
+    can be blamed for it is kept in `faults`.
+
+    Attributes:
+        balancer: Says where each waits.
+        group: Says what keeps requests apart whatever the balancer says; the
+            model comes first.
+        faults: The last errors of hooks.
     """
 
-    _queues: dict[str, Any] = attrs.field(factory=dict, init=False)
-    _places: dict[RequestId, tuple[Any, int]] = attrs.field(factory=dict, init=False)
-    _requests: dict[RequestId, Request] = attrs.field(factory=dict, init=False)
-    _pushed: int = attrs.field(default=0, init=False)
+    balancer: QueueBalancer
+    group: Callable[[Request], tuple[Hashable, ...]]
+    faults: deque[LlmdError] = attrs.field(factory=lambda: deque(maxlen=16))
+    _lanes: dict[LaneName, Lane] = attrs.field(factory=dict, init=False)
+    _lanes_of: dict[Hashable, dict[LaneName, None]] = attrs.field(
+        factory=dict, init=False
+    )
+    _entries: dict[RequestId, Entry] = attrs.field(factory=dict, init=False)
+    _touched: dict[Hashable, None] = attrs.field(factory=dict, init=False)
+    _alarms: Any = attrs.field(factory=SortedList, init=False)
+    _models: Counter[str] = attrs.field(factory=Counter, init=False)
+    _last: int = attrs.field(default=0, init=False)
+    _first: int = attrs.field(default=0, init=False)
     _prompt_tokens: int = attrs.field(default=0, init=False)
 
-    def push(self, key: Any, request: Request) -> None:
-        """Let *request* wait at *key*.
+    def push(
+        self,
+        request: Request,
+        view: View,
+        since: float,
+        attempts: int = 0,
+        again: bool = False,
+    ) -> LaneName:
+        """Let *request*, here since *since*, wait; return its lane.
+
+        One that waits *again* goes before its equals, as it did before.
 
         Raises:
-            TypeError: The key cannot be compared with another; nothing changed.
+            PolicyError: The balancer broke its contract; nothing changed.
         """
-        place = (key, self._pushed)
-        queue = self._queues.get(request.model)
-        if queue is None:
-            queue = self._queues[request.model] = SortedDict()
-        queue[place] = request
-        self._pushed += 1
-        self._places[request.id] = place
-        self._requests[request.id] = request
-        self._prompt_tokens += request.prompt_tokens
+        if again:
+            self._first -= 1
+            number = self._first
+        else:
+            self._last += 1
+            number = self._last
+        entry = Entry(request, self.group(request), since, attempts, number)
+        self._enter(entry, view)
+        return entry.lane
 
-    def models(self) -> tuple[str, ...]:
-        """Return the models that somebody waits for."""
-        return tuple([model for model, queue in self._queues.items() if queue])
-
-    def peek(self, model: str) -> Request | None:
-        """Return the next request for *model*, if any."""
-        queue = self._queues.get(model)
-        return queue.peekitem(0)[1] if queue else None
-
-    def remove(self, id: RequestId) -> Request | None:
+    def remove(self, id: RequestId, view: View) -> Entry | None:
         """Take a request out; None if it does not wait."""
-        request = self._requests.pop(id, None)
-        if request is None:
-            return None
-        del self._queues[request.model][self._places.pop(id)]
-        self._prompt_tokens -= request.prompt_tokens
-        return request
+        entry = self._entries.get(id)
+        if entry is not None:
+            self._drop(entry, view)
+        return entry
 
-    def drop_model(self, model: str) -> list[Request]:
-        """Take out and return all requests for *model*, next first."""
-        dropped = [*self._queues.pop(model, SortedDict()).values()]
-        for request in dropped:
-            del self._requests[request.id], self._places[request.id]
-            self._prompt_tokens -= request.prompt_tokens
-        return dropped
+    def drop_model(self, model: str, view: View) -> list[Request]:
+        """Take out and return all requests for *model*."""
+        ids = [id for id, t in self._entries.items() if t.request.model == model]
+        dropped = [self.remove(id, view) for id in ids]
+        return [entry.request for entry in dropped if entry is not None]
+
+    def touch(self, flow: Hashable) -> None:
+        """Note that the turn of *flow* may have changed."""
+        if flow in self._lanes_of:
+            self._touched[flow] = None
+
+    def refresh(self, view: View) -> list[Casualty]:
+        """Bring places and turns up to date.
+
+        Returns:
+            Requests the balancer failed on, taken out, and how it failed.
+        """
+        casualties: list[Casualty] = []
+        for id in self._to_move(view):
+            casualties += self._refile(id, view)
+        for flow in self.balancer.restless:
+            self.touch(flow)
+        while self._touched:
+            flow = next(iter(self._touched))
+            del self._touched[flow]
+            casualties += self._turn(flow, view)
+        return casualties
+
+    def ranks(self) -> list[tuple[Rank, LaneName]]:
+        """Return the rank of each lane's head."""
+        return [(lane.head, name) for name, lane in self._lanes.items()]
+
+    def rank(self, name: LaneName) -> Rank | None:
+        """Return the rank of a lane's head; None if the lane is empty."""
+        lane = self._lanes.get(name)
+        return None if lane is None else lane.head
+
+    def head(self, name: LaneName) -> Entry | None:
+        """Return who is next in a lane."""
+        lane = self._lanes.get(name)
+        return None if lane is None else lane.first
+
+    def successor(self, balancer: QueueBalancer, view: View) -> WaitingRequests:
+        """Return the same requests as *balancer* files them.
+
+        Raises:
+            PolicyError: It broke its contract; the requests here are as before.
+        """
+        other = WaitingRequests(balancer, self.group, self.faults)
+        other._first, other._last = self._first, self._last
+        for old in sorted(self._entries.values(), key=lambda entry: entry.number):
+            group = self.group(old.request)
+            entry = Entry(old.request, group, old.since, old.attempts, old.number)
+            other._enter(entry, view)
+        return other
+
+    def dismiss(self, view: View) -> None:
+        """Tell the balancer that none of these wait for it any more."""
+        for entry in self._entries.values():
+            self.tell(self.balancer.unqueued, entry.request, view)
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,14 +154,143 @@ class WaitingRequests:
 
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
-        return len(self._queues.get(model, ()))
+        return self._models[model]
+
+    def since(self, id: RequestId) -> float | None:
+        """Return when a waiting request arrived."""
+        entry = self._entries.get(id)
+        return None if entry is None else entry.since
 
     def __contains__(self, id: RequestId) -> bool:
-        return id in self._requests
+        return id in self._entries
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
-        for queue in self._queues.values():
-            yield from queue.values()
+        for lane in self._lanes.values():
+            yield from lane
+
+    def tell(self, hook: Callable[..., None], *what: Any) -> LlmdError | None:
+        """Call a hook; return and keep what it raises."""
+        try:
+            hook(*what)
+        except Exception as error:
+            fault = policy_error(self.balancer, error)
+            self.faults.append(fault)
+            return fault
+        return None
+
+    # Filing --------------------------------------------------------------
+
+    def _enter(self, entry: Entry, view: View) -> None:
+        request, balancer = entry.request, self.balancer
+        try:
+            entry.move(self._place(entry, view))
+            balancer.queued(request, view)
+        except Exception as error:
+            fault = policy_error(balancer, error)
+            raise fault from fault.__cause__
+        try:
+            self._file(entry, view)
+        except Exception as error:
+            self.tell(balancer.unqueued, request, view)
+            fault = policy_error(balancer, error)
+            raise fault from fault.__cause__
+        self._entries[request.id] = entry
+        self._models[request.model] += 1
+        self._prompt_tokens += request.prompt_tokens
+
+    def _place(self, entry: Entry, view: View) -> Place:
+        place = self.balancer.place(entry.request, view, entry.since)
+        if place.key != place.key:
+            raise PolicyError(
+                f"{self.balancer!r} gave {entry.request.id!r} the key {place.key}"
+            )
+        return place
+
+    def _file(self, entry: Entry, view: View) -> None:
+        """Put an entry where it says; raise with nothing changed."""
+        lane = self._lanes.get(entry.lane) or Lane()
+        lane.put(entry, self._turn_of(entry.flow, view))
+        entry.filed = True
+        self._lanes[entry.lane] = lane
+        self._lanes_of.setdefault(entry.flow, {})[entry.lane] = None
+        if entry.until < float("inf"):
+            self._alarms.add((entry.until, entry.number, entry.request.id))
+
+    def _unfile(self, entry: Entry) -> None:
+        lane = self._lanes[entry.lane]
+        entry.filed = False
+        if not lane.take(entry):
+            lanes = self._lanes_of[entry.flow]
+            del lanes[entry.lane]
+            if not lanes:
+                del self._lanes_of[entry.flow]
+                self._touched.pop(entry.flow, None)
+        if not lane:
+            del self._lanes[entry.lane]
+        if entry.until < float("inf"):
+            self._alarms.remove((entry.until, entry.number, entry.request.id))
+
+    def _drop(self, entry: Entry, view: View) -> None:
+        request = entry.request
+        del self._entries[request.id]
+        if entry.filed:
+            self._unfile(entry)
+        self._prompt_tokens -= request.prompt_tokens
+        self._models[request.model] -= 1
+        if not self._models[request.model]:
+            del self._models[request.model]
+        self.tell(self.balancer.unqueued, request, view)
+        self.touch(entry.flow)
+
+    def _to_move(self, view: View) -> Iterable[RequestId]:
+        due = []
+        for until, _, id in self._alarms:
+            if until > view.now:
+                break
+            due.append(id)
+        try:
+            due += self.balancer.moved(view)
+        except Exception as error:
+            self.faults.append(policy_error(self.balancer, error))
+        return due
+
+    def _refile(self, id: RequestId, view: View) -> list[Casualty]:
+        entry = self._entries.get(id)
+        if entry is None:
+            return []
+        try:
+            place = self._place(entry, view)
+            self._unfile(entry)
+            entry.move(place)
+            self._file(entry, view)
+        except Exception as error:
+            return [self._lose(entry, error, view)]
+        return []
+
+    def _turn_of(self, flow: Hashable, view: View) -> Any:
+        turn = self.balancer.turn(flow, view)
+        if turn != turn:
+            raise PolicyError(f"{self.balancer!r} gave flow {flow!r} the turn {turn}")
+        return turn
+
+    def _turn(self, flow: Hashable, view: View) -> list[Casualty]:
+        """Ask for the turn of *flow* anew; the next of it answers for errors."""
+        lanes = [self._lanes[name] for name in self._lanes_of.get(flow, ())]
+        if not lanes:
+            return []
+        try:
+            turn = self._turn_of(flow, view)
+            for lane in lanes:
+                lane.turn(flow, turn)
+        except Exception as error:
+            self._touched[flow] = None
+            return [self._lose(lanes[0].first_of(flow), error, view)]
+        return []
+
+    def _lose(self, entry: Entry, error: Exception, view: View) -> Casualty:
+        """Take out a request that the balancer failed on."""
+        self._drop(entry, view)
+        return entry.request, policy_error(self.balancer, error)

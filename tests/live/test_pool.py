@@ -7,7 +7,8 @@ import pytest
 
 import llmd
 from llmd import commands as c
-from llmd.autoscaler import Rules, SlowStart, TargetConcurrency
+from llmd.autoscaler import Rules, TargetConcurrency
+from llmd.balancer import FlowControl, SlowStart
 from llmd.errors import InvalidPolicy
 from llmd.live import EnginePool, Server
 from llmd.types import State
@@ -172,7 +173,8 @@ async def test_each_pool_minds_its_own(make_engine):
 
 async def test_a_young_worker_takes_few_at_first(make_room):
     room = make_room
-    balancer = SlowStart(balancer=llmd.Fcfs(max_running=10), ramp=10.0, first=2)
+    slow = SlowStart(ramp=10.0, first=2)
+    balancer = FlowControl(llmd.Fcfs(max_running=10), rooms=[slow])
     assert room(balancer, at=0.0, running=1).tolist() == [True]
     assert room(balancer, at=0.0, running=2).tolist() == [False]
     assert room(balancer, at=5.0, running=60).tolist() == [False]

@@ -137,9 +137,9 @@ def test_each_transfer_ends_once_and_then_frees_once(pair):
     for side, id in itertools.product(Side, ids):
         kinds = [type(r) for r in pair.reports[side] if r.id == id]
         assert kinds == [TransferEnded, BlocksFreed]
-    for end in (pair.source, pair.target):
-        held = ("offers", "fetches", "writes", "quarantined_blocks")
-        pair.until(lambda end=end: not any(end.counts[name] for name in held))
+    held = ("offers", "fetches", "writes", "quarantined_blocks")
+    ends = (pair.source, pair.target)
+    pair.until(lambda: not any(end.counts[name] for end in ends for name in held))
 
 
 def test_leading_blocks_can_be_skipped(pair):

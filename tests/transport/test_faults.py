@@ -12,10 +12,10 @@ pytest.importorskip("xxhash")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import peer as p  # noqa: E402
+import peer as p
 
-from llmd.errors import TransferError  # noqa: E402
-from llmd.transport import (  # noqa: E402
+from llmd.errors import TransferError
+from llmd.transport import (
     BlocksFreed,
     Fetch,
     Offer,

@@ -115,11 +115,8 @@ class Network(RuleBasedStateMachine):
         count = data.draw(st.integers(1, 4))
         sources = self.free_blocks(self.source_blocks)[:count]
         targets = self.free_blocks(self.target_blocks)[:count]
-        if (
-            len(sources) < count
-            or len(targets) < count
-            or "A" not in self.ends["B"].peers
-        ):
+        met = "A" in self.ends["B"].peers
+        if len(sources) < count or len(targets) < count or not met:
             return
         self.names += 1
         id = TransferId(f"r{self.names}", self.names)

@@ -1,6 +1,7 @@
 """Two models side by side; then one engine is killed, and both are stopped."""
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -41,8 +42,36 @@ async def small(models):
 
 
 @pytest.fixture(scope="module")
-async def other(models):
-    engine = VllmEngine(models[1], names=["other"], options=OPTIONS)
+def adapter(tmp_path_factory):
+    """Make a LoRA adapter with random weights; return where it is."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("lora")
+    random = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(2):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        for part, shape in (("lora_A", (8, 128)), ("lora_B", (128, 8))):
+            weights[f"{name}.{part}.weight"] = torch.randn(shape, generator=random)
+    save_file(weights, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 64,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+async def other(models, adapter):
+    engine = VllmEngine(
+        models[1], names=["other"], options=OPTIONS, loras={"style": adapter}
+    )
     async with running(engine, "other") as started:
         yield started
 
@@ -54,6 +83,19 @@ async def test_two_models_answer_each_for_itself(small, other):
     assert tokens_of(first) != tokens_of(second)
     assert small.worker.models == {"small"}
     assert other.worker.models == {"other"}
+
+
+@pytest.mark.parametrize("salt", ["", "tenant-a"])
+async def test_an_adapter_answers_and_names_for_itself(other, salt):
+    tokens = prompt(3 * BLOCK_TOKENS + 4, salt=9)
+    plain = request(f"plain{salt}", tokens, salt=salt)
+    styled = request(f"styled{salt}", tokens, salt=salt, lora="style")
+    first, second = await asyncio.gather(other.answer(plain), other.answer(styled))
+    assert tokens_of(first) != tokens_of(second)
+    assert second[0].cached_tokens == 0
+    for asked in (plain, styled):
+        names = set(asked.hashes(BLOCK_TOKENS).tolist())
+        await other.told(lambda r, names=names: names <= held_names(r))
 
 
 async def test_removals_leave_exactly_what_the_engine_still_finds(small):

@@ -1,7 +1,5 @@
 """Who holds which prefix: the `PrefixIndex` interface and its indexes."""
 
-from .exact import ExactIndex
-from .guessed import GuessedIndex
-from .interface import PrefixIndex
+from .._face import face
 
-__all__ = ["ExactIndex", "GuessedIndex", "PrefixIndex"]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import numpy as np
@@ -11,20 +10,12 @@ import numpy as np
 from ..blocks import Hashes
 from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
-from .holders import Holders
+from . import windows
+from .heard import Heard, ago, of_the_worker
+from .holders import Holders, LoggedHolders
+from .hopes import Hopes, grid, tokens_at
 from .interface import PrefixIndex
 from .seats import Rows, Seats, columns
-
-_HOPE_TOKENS = 128
-
-
-@attrs.define(eq=False)
-class _Hope:
-    """Prefixes that a request sent to a worker will store, until told otherwise."""
-
-    bit: int
-    names: list[int]
-    until: float = np.inf
 
 
 @attrs.define(eq=False)
@@ -32,14 +23,19 @@ class ExactIndex(PrefixIndex):
     """Follows every store and remove event of every engine.
 
     From the dispatch of a request until *grace* seconds after its first token
-    its blocks count as stored, since their event is still to come; to be quick
-    about it, only by whole steps of 128 tokens.
+    (twice as long if nothing else happens) its blocks count as stored, since
+    their event is still to come; beyond the first 256 tokens by whole steps of
+    256, to be quick.
 
-    Match takes O(distinct depths * log blocks) after hashing.  Memory is about
-    100 bytes a block, however many workers hold it.
+    Match takes O(distinct depths * log blocks) after hashing, and O(blocks) for
+    each worker with sliding windows.  Memory is about 100 bytes a block, however
+    many workers hold it.
 
     Attributes:
         grace: How long after the first token an event may still be on its way.
+        max_blocks: Blocks of a tier that are kept; above it the oldest eighth
+            goes, so that engines that never tell of evictions cannot fill
+            memory.
 
     >>> index = ExactIndex()
     >>> index.join(Worker(id="a", block_tokens=2), at=0.0)
@@ -50,27 +46,27 @@ class ExactIndex(PrefixIndex):
     """
 
     grace: float = 1.0
+    max_blocks: int = 1 << 24
 
     _seats: Seats = attrs.field(factory=Seats, init=False)
     _block_tokens: dict[WorkerId, int] = attrs.field(factory=dict, init=False)
     _sizes: dict[int, int] = attrs.field(factory=dict, init=False)
-    _tiers: tuple[Holders, ...] = attrs.field(
-        factory=lambda: tuple(Holders() for _ in Tier), init=False
+    _windows: dict[int, int] = attrs.field(factory=dict, init=False)
+    _tiers: tuple[LoggedHolders, ...] = attrs.field(
+        factory=lambda: tuple(LoggedHolders() for _ in Tier), init=False
     )
     _tiered: bool = attrs.field(default=False, init=False)
-    _hoped: Holders = attrs.field(factory=Holders, init=False)
-    # Worker's bit -> name -> the last hope for it.
-    _pending: dict[int, dict[int, _Hope]] = attrs.field(factory=dict, init=False)
-    _hopes: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
-    _expiring: deque[_Hope] = attrs.field(factory=deque, init=False)
+    _hopes: Hopes = attrs.field(factory=Hopes, init=False)
+    _heard: Heard = attrs.field(factory=Heard, init=False)
 
     def join(self, worker: Worker, at: float) -> None:
         bit = self._seats.take(worker.id, self._busy())
         self._resize(worker.id, bit, worker.block_tokens)
+        self._heard.of(worker.id).facts = worker
 
     def match(self, request: Request, workers: Sequence[WorkerId], at: float) -> Ints:
-        if self._expiring and self._expiring[0].until <= at:
-            self._expire(at)
+        # Others' calls end hopes; an arrival pays only for what they left over.
+        self._hopes.expire(at - self.grace)
         rows = self._seats.rows(workers)
         sizes = [*self._sizes.items()]
         if not sizes:
@@ -78,87 +74,127 @@ class ExactIndex(PrefixIndex):
         held = self._match(request, rows, *sizes[0])
         for block_tokens, bits in sizes[1:]:
             held = held + self._match(request, rows, block_tokens, bits)
-        return held
+        return self._windowed(request, rows, held) if self._windows else held
 
     def store(
         self, worker: WorkerId, hashes: Hashes, block_tokens: int, tier: Tier, at: float
     ) -> None:
-        bit = self._seats.take(worker, self._busy())
+        bit = self._seats.bit(worker) or self._seats.take(worker, self._busy())
         if self._block_tokens.get(worker) != block_tokens:
             self._resize(worker, bit, block_tokens)
+        told = self._heard.of(worker)
+        told.last, told.block_tokens = at, block_tokens
         if tier is not Tier.GPU:
             self._tiered = True
-        self._tiers[tier].add(bit, hashes.tolist())
+        store = self._tiers[tier]
+        store.add(bit, hashes.tolist())
+        if len(store) > self.max_blocks:
+            store.trim(self.max_blocks - self.max_blocks // 8)
+
+    def window(self, worker: WorkerId, tokens: int, at: float) -> None:
+        bit = self._seats.bit(worker) or self._seats.take(worker, self._busy())
+        self._windows[bit] = tokens
 
     def remove(self, worker: WorkerId, hashes: Hashes, tier: Tier, at: float) -> None:
-        self._tiers[tier].discard(self._seats.bit(worker), hashes.tolist())
+        names = hashes.tolist()
+        self._tiers[tier].drop(self._seats.bit(worker), names)
+        self._heard.of(worker).last = at
+        if tier is Tier.GPU:
+            self._heard.removed(worker, names, at)
 
     def forget(self, worker: WorkerId, reason: str, at: float) -> None:
         block_tokens = self._block_tokens.get(worker)
-        self.leave(worker, at)
+        self._vacate(worker)
         if block_tokens is not None:
             bit = self._seats.take(worker, self._busy())
             self._resize(worker, bit, block_tokens)
+        self._heard.of(worker).dropped = at, reason
 
     def leave(self, worker: WorkerId, at: float) -> None:
-        bit = self._seats.leave(worker)
-        for store in (*self._tiers, self._hoped):
-            store.clear(bit)
-        self._pending.pop(bit, None)
-        self._hopes = {
-            key: hope for key, hope in self._hopes.items() if hope.bit != bit
-        }
-        if self._block_tokens.pop(worker, None) is not None:
-            self._resized(bit, None)
+        self._vacate(worker)
+        self._heard.left(worker)
 
     def expect(self, worker: WorkerId, request: Request, at: float) -> None:
         bit = self._seats.bit(worker)
-        if not bit:
-            return
-        names = _hoped(request, self._block_tokens[worker])[1].tolist()
-        if not names:
-            return
-        hope = _Hope(bit, names)
-        self._hoped.add(bit, names)
-        pending = self._pending.setdefault(bit, {})
-        pending.update(dict.fromkeys(names, hope))
-        self._hopes[worker, request.id] = hope
+        if bit:
+            self._hopes.add(worker, bit, request, self._block_tokens[worker])
+            self._heard.asked(request)
 
     def settle(
         self, worker: WorkerId, request: Request, cached_tokens: int | None, at: float
     ) -> None:
-        hope = self._hopes.pop((worker, request.id), None)
-        if hope is not None:
-            hope.until = at + self.grace
-            self._expiring.append(hope)
-        self._expire(at)  # here rather than in the path of an arrival
+        self._hopes.settle(worker, request, at + self.grace)
+        self._hopes.expire(at)  # here rather than in the path of an arrival
+
+    def block_tokens(self, worker: WorkerId) -> int:
+        """Return the tokens of a block of *worker*, 16 if it is not known."""
+        return self._block_tokens.get(worker, 16)
+
+    @property
+    def swept(self) -> bool:
+        """Nothing of a worker that was dropped is left in memory."""
+        return not self._busy()
+
+    def sweep(self, blocks: int) -> None:
+        """Look at up to *blocks* blocks of each tier for what was dropped.
+
+        Storing does so by and by; a driver that idles may hurry it.
+        """
+        for store in self._tiers:
+            store.sweep(blocks)
+
+    def seated(self) -> Iterator[tuple[WorkerId, int, int]]:
+        """Yield each worker with the tokens of its blocks and its bit."""
+        for worker, block_tokens in self._block_tokens.items():
+            yield worker, block_tokens, self._seats.bit(worker)
+
+    def held(self, bit: int, tier: Tier) -> list[int]:
+        """Return the names that the worker *bit* holds in *tier*."""
+        return [*self._tiers[tier].names(bit)]
+
+    def diagnose(self, request: Request, worker: WorkerId, at: float) -> list[str]:
+        bit = self._seats.bit(worker)
+        if not bit:
+            return ["the worker is not known here"]
+        held = int(self.match(request, (worker,), at)[0, -1])
+        told = self._heard.of(worker)
+        block_tokens = self._block_tokens[worker]
+        names = request.hashes(block_tokens)
+        if held >= len(names) * block_tokens > 0:
+            return [f"it holds all {len(names)} full blocks of the prompt"]
+        findings = [f"it holds {held} of {request.prompt_tokens} prompt tokens"]
+        findings += of_the_worker(told, request, at)
+        if len(names):
+            findings += self._of_the_prompt(request, worker, bit, held, at)
+        return findings
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
-        for store in (*self._tiers, self._hoped):
+        for store in self._tiers:
             store.check(self._seats.all)
-        for bit, pending in self._pending.items():
-            assert bit & self._seats.all, "a stranger is hoped for"
-            held = self._hoped.get
-            assert all(held(name) & bit for name in pending), "a hope does not count"
+        self._hopes.check(self._seats.all)
         union = 0
         for bits in self._sizes.values():
             assert bits, "a block size is kept that no worker has"
             assert not bits & union, "a worker has two block sizes"
             union |= bits
+        assert all(bit & self._seats.all for bit in self._windows), "a stranger"
 
     def _match(self, request: Request, rows: Rows, tokens: int, bits: int) -> Ints:
         """Match the workers *bits*, whose blocks have *tokens* tokens."""
         hashes = request.hashes(tokens)
         fast = self._tiers[Tier.GPU]
-        depths = rows.depths(fast.depths(hashes, bits), tokens)
-        if len(self._hoped):
-            step, hoped = _hoped(request, tokens)
-            found = self._hoped.depths(hoped, bits)
+        closed = bits & ~sum(self._windows) if self._windows else bits
+        depths = rows.depths(fast.depths(hashes, closed), tokens)
+        if len(self._hopes.holders):
+            found = self._hopes.holders.depths(grid(request, tokens), bits)
             if found:
-                np.maximum(depths, rows.depths(found, step), out=depths)
+                hoped = [(mask, tokens_at(depth, tokens)) for mask, depth in found]
+                np.maximum(depths, rows.depths(hoped, 1), out=depths)
         held = columns(depths)
-        return self._slower(hashes, rows, tokens, bits, held) if self._tiered else held
+        return (
+            self._slower(hashes, rows, tokens, closed, held) if self._tiered else held
+        )
 
     def _slower(
         self, hashes: Hashes, rows: Rows, tokens: int, bits: int, held: Ints
@@ -175,6 +211,63 @@ class ExactIndex(PrefixIndex):
                 np.maximum(held[:, tier:], deeper, out=held[:, tier:])
         return held
 
+    def _windowed(self, request: Request, rows: Rows, held: Ints) -> Ints:
+        """Return *held* with the workers of sliding windows counted as theirs are."""
+        held = held.copy()
+        fast = self._tiers[Tier.GPU]
+        for worker, tokens in self._block_tokens.items():
+            bit = self._seats.bit(worker)
+            row = rows.row(bit)
+            if row is not None and bit in self._windows:
+                reach = windows.blocks(self._windows[bit], tokens)
+                names = request.hashes(tokens)
+                depth = windows.depth(fast.find, names, bit, reach)
+                held[row] = np.maximum(held[row], depth * tokens)
+        return held
+
+    def _of_the_prompt(
+        self, request: Request, worker: WorkerId, bit: int, held: int, at: float
+    ) -> list[str]:
+        """Return findings about the first block that *worker* lacks."""
+        block_tokens = self._block_tokens[worker]
+        missing = int(request.hashes(block_tokens)[held // block_tokens])
+        when = self._heard.removed_at(worker, missing)
+        if when is not None:
+            return [f"the block after token {held} was evicted {ago(at, when)}"]
+        others = self._under_other_names(request, bit, held // block_tokens)
+        if others:
+            return [f"it holds more of the same prompt {names}" for names in others]
+        return [f"it never told of the block after token {held}"]
+
+    def _under_other_names(self, request: Request, bit: int, block: int) -> list[str]:
+        """Say under which salts and adapters *bit* holds the prompt's next block."""
+        found = []
+        for salt, lora in {("", ""): None, **self._heard.seeds}:
+            if (salt, lora) == (request.salt, request.lora):
+                continue
+            other = attrs.evolve(request, salt=salt, lora=lora)
+            name = int(other.hashes(self._size_of(bit))[block])
+            if self._tiers[Tier.GPU].find(name, 0) & bit:
+                differs = []
+                if salt != request.salt:
+                    differs.append(f"under the salt {salt!r}, not {request.salt!r}")
+                if lora != request.lora:
+                    differs.append(f"for the adapter {lora!r}, not {request.lora!r}")
+                found.append(" and ".join(differs))
+        return found
+
+    def _size_of(self, bit: int) -> int:
+        return next(size for size, bits in self._sizes.items() if bits & bit)
+
+    def _vacate(self, worker: WorkerId) -> None:
+        bit = self._seats.leave(worker)
+        for store in self._tiers:
+            store.clear(bit)
+        self._hopes.clear(bit)
+        self._windows.pop(bit, None)
+        if self._block_tokens.pop(worker, None) is not None:
+            self._resized(bit, None)
+
     def _resize(self, worker: WorkerId, bit: int, block_tokens: int) -> None:
         self._block_tokens[worker] = block_tokens
         self._resized(bit, block_tokens)
@@ -185,26 +278,9 @@ class ExactIndex(PrefixIndex):
             sizes[block_tokens] = sizes.get(block_tokens, 0) | bit
         self._sizes = {size: bits for size, bits in sizes.items() if bits}
 
-    def _expire(self, at: float) -> None:
-        while self._expiring and self._expiring[0].until <= at:
-            hope = self._expiring.popleft()
-            pending = self._pending.get(hope.bit)
-            if not pending:
-                continue
-            lost = [name for name in hope.names if pending.get(name) is hope]
-            for name in lost:
-                del pending[name]
-            self._hoped.discard(hope.bit, lost)
-
     def _busy(self) -> int:
         """Bits that no newcomer may have: their blocks are not swept yet."""
-        busy = self._hoped.dead
+        busy = 0
         for store in self._tiers:
             busy |= store.dead
         return busy
-
-
-def _hoped(request: Request, block_tokens: int) -> tuple[int, Hashes]:
-    """Return the prefixes to hope for and the tokens from one to the next."""
-    stride = max(_HOPE_TOKENS // block_tokens, 1)
-    return stride * block_tokens, request.hashes(block_tokens)[stride - 1 :: stride]

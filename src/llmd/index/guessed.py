@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import numpy as np
@@ -38,6 +38,12 @@ class _Cache:
     last: dict[int, _Sent] = attrs.field(factory=dict)
     log: deque[_Sent] = attrs.field(factory=deque)
     logged_blocks: int = 0
+
+    def fits(self, worker: Worker) -> bool:
+        """Say whether *worker* has blocks of this size, and as many."""
+        capacity = max(worker.kv_blocks // self.stride, 1)
+        same = self.block_tokens, self.capacity_blocks
+        return same == (worker.block_tokens, capacity)
 
     def touch(self, sent: _Sent) -> None:
         """Record *sent*; O(blocks), its bookkeeping amortised."""
@@ -103,7 +109,12 @@ class GuessedIndex(PrefixIndex):
     _sizes: dict[tuple[int, int], int] = attrs.field(factory=dict, init=False)
 
     def join(self, worker: Worker, at: float) -> None:
-        bit = self._seats.take(worker.id, self._holders.dead)
+        known = self._caches.get(worker.id)
+        if known is not None and known.fits(worker):
+            return  # restored from a dump before it joined
+        if known is not None:
+            self.leave(worker.id, at)
+        bit = self._seats.take(worker.id)
         stride = max(self.grain_tokens // worker.block_tokens, 1)
         capacity = max(worker.kv_blocks // stride, 1)
         self._caches[worker.id] = _Cache(bit, worker.block_tokens, stride, capacity)
@@ -123,10 +134,23 @@ class GuessedIndex(PrefixIndex):
         if cache is None:
             return
         hashes = request.hashes(cache.block_tokens)[cache.stride - 1 :: cache.stride]
-        names = hashes[: cache.capacity_blocks].tolist()
+        self.sent(worker, hashes[: cache.capacity_blocks].tolist(), at)
+
+    def sent(self, worker: WorkerId, names: list[int], at: float) -> None:
+        """Note that *worker* was sent a prompt of these *names*, head first."""
+        cache = self._caches[worker]
         self._holders.add(cache.bit, names)
         cache.touch(_Sent(at, names))
         self._holders.discard(cache.bit, cache.trim(at - self.ttl))
+
+    def logs(self) -> Iterator[tuple[Worker, list[tuple[float, list[int]]]]]:
+        """Yield each worker with what it was sent, oldest first."""
+        for worker, cache in self._caches.items():
+            kv_blocks = cache.capacity_blocks * cache.stride
+            facts = Worker(
+                id=worker, block_tokens=cache.block_tokens, kv_blocks=kv_blocks
+            )
+            yield facts, [(sent.at, [*sent.names]) for sent in cache.log]
 
     def forget(self, worker: WorkerId, reason: str, at: float) -> None:
         cache = self._caches.get(worker)
@@ -141,6 +165,27 @@ class GuessedIndex(PrefixIndex):
         self._caches.pop(worker, None)
         self._seats.leave(worker)
         self._resize()
+
+    def diagnose(self, request: Request, worker: WorkerId, at: float) -> list[str]:
+        cache = self._caches.get(worker)
+        if cache is None:
+            return ["the worker is not known here"]
+        held = int(self.match(request, (worker,), at)[0, 0])
+        grain = cache.block_tokens * cache.stride
+        findings = [f"it holds {held} of {request.prompt_tokens} prompt tokens"]
+        if request.prompt_tokens < grain:
+            findings.append(
+                f"the prompt has {request.prompt_tokens} tokens, under one grain of"
+                f" {grain}"
+            )
+        elif not cache.log:
+            findings.append("nothing was sent to it, or all of it expired")
+        elif not held:
+            findings.append(
+                "no prompt that begins like this was sent to it within"
+                f" {self.ttl:.3g} s, or it made room for others since"
+            )
+        return findings
 
     def _resize(self) -> None:
         """Group the workers by the size of their blocks."""

@@ -31,7 +31,20 @@ class PrefixIndex(abc.ABC):
         """Meet a worker, before anything else is said of it."""
 
     def forget(self, worker: WorkerId, reason: str, at: float) -> None:
-        """Drop all of *worker*, which may go on to store more."""
+        """Drop all of *worker*: its cache is empty; it may go on to store more."""
+
+    def doubt(self, worker: WorkerId, reason: str, at: float) -> None:
+        """Note that what *worker* holds became unknown, though not nothing.
+
+        The default forgets it, as nothing told can be relied on.
+        """
+        self.forget(worker, reason, at)
+
+    def window(self, worker: WorkerId, tokens: int, at: float) -> None:
+        """Note that *worker* attends to the last *tokens* only.
+
+        It may then hold a usable prefix without holding all shorter ones.
+        """
 
     def leave(self, worker: WorkerId, at: float) -> None:
         """Drop *worker* itself; it never comes back."""

@@ -49,6 +49,10 @@ class Rows:
             depths[pick] = depth * scale
         return depths
 
+    def row(self, bit: int) -> int | None:
+        """Return where the worker *bit* stands, if it does."""
+        return self._row_of_bit.get(bit)
+
     def _pick(self, mask: int) -> int | NDArray[np.intp]:
         row = self._row_of_bit.get(mask)
         pick = self._rows_of(mask) if row is None else row

@@ -1,30 +1,5 @@
 """Which worker: the `Router` interface and its policies."""
 
-from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
-from .interface import Router, TermRouter
-from .seconds import EarliestFirstToken
-from .simple import (
-    LeastLoaded,
-    LeastWork,
-    PowerOfTwo,
-    Random,
-    RoundRobin,
-    SessionAffinity,
-)
+from .._face import face
 
-__all__ = [
-    "Blend",
-    "EarliestFirstToken",
-    "KVHeadroom",
-    "LeastLoaded",
-    "LeastWork",
-    "PowerOfTwo",
-    "PrefixOverlap",
-    "QueueDepth",
-    "Random",
-    "RoundRobin",
-    "Router",
-    "Score",
-    "SessionAffinity",
-    "TermRouter",
-]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

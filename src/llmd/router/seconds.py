@@ -28,6 +28,9 @@ class EarliestFirstToken(TermRouter):
         decode_weight: Seconds of delay charged for each second by which one
             more request slows a decode step for all who run there; 0 looks
             at the first token only.
+        work_weight: Part of its own products' seconds charged once more, for
+            those behind it: it prefers a worker that holds the prefix where
+            the first token would come no sooner, as a step has a floor.
 
     >>> EarliestFirstToken().decode_weight
     1.0
@@ -35,6 +38,7 @@ class EarliestFirstToken(TermRouter):
 
     machine: Machine = attrs.field(factory=Machine)
     decode_weight: float = 1.0
+    work_weight: float = attrs.field(default=0.1, kw_only=True)
     machines: Mapping[str, Machine] = attrs.field(factory=dict, kw_only=True)
     _rates: Rates = attrs.field(init=False, repr=False, eq=False)
 
@@ -54,6 +58,9 @@ class EarliestFirstToken(TermRouter):
             ),
             Term("own prefill", own, "tokens", machine.prefill_s(own, cached)),
         ]
+        if self.work_weight:
+            work = own * machine.prefill_s_per_token
+            terms.append(Term("work", own, "tokens", work, self.work_weight))
         # One column shown four times, as an index without slower tiers gives.
         if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
             loaded = cached - held[:, Tier.GPU]

@@ -123,7 +123,9 @@ class Endpoint:
         outgoing, incoming = self.sources.offers.get(id), self.targets.fetches.get(id)
         if outgoing is not None:
             self.sources.fail(outgoing, reason, now)
-        if incoming is not None:
+        if incoming is None:
+            self.sources.never(id, reason)
+        else:
             self.targets.fail(incoming, reason, now)
 
     def heard(self, sender: PeerId, data: bytes, now: float) -> None:

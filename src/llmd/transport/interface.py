@@ -213,7 +213,10 @@ class KVTransport(abc.ABC):
 
     @abc.abstractmethod
     def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
-        """Give a transfer up; it ends with *reason* as its error."""
+        """Give a transfer up; it ends with *reason* as its error.
+
+        An id that is unknown here is refused to whoever asks for it early.
+        """
 
     @abc.abstractmethod
     def poll(self) -> list[Report]:

@@ -59,6 +59,8 @@ class Carrier:
         from nixl._api import nixl_agent, nixl_agent_config
 
         slab, endpoint = self.slab, self.endpoint
+        if slab.enter is not None:
+            slab.enter()
         config = nixl_agent_config(enable_prog_thread=False)
         self._agent = nixl_agent(endpoint.id, config)
         self._registered = self._agent.register_memory(slab.regions(), slab.memory)
@@ -204,8 +206,10 @@ class Carrier:
         return True
 
     def _drop(self, peer: PeerId) -> None:
-        """Cut a peer off.  A write in flight cannot be called back, so its
-        handle is kept as long as the agent rather than released under it.
+        """Cut a peer off.
+
+        A write in flight cannot be called back, so its handle is kept as long
+        as the agent rather than released under it.
         """
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
             self._abandoned.append(self._flying.pop(token)[1])

@@ -50,6 +50,7 @@ _GPU = Tier.GPU
 _TIERS = {"GPU": Tier.GPU, "CPU": Tier.CPU, "STORAGE": Tier.DISK, "DISK": Tier.DISK}
 # Groups whose blocks hold the whole prefix; windows and state-space groups of
 # hybrid models drop blocks that still count as cached.
+_SLIDING = frozenset({"sliding_window", "sliding_window_mla"})
 _WHOLE = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
 _PREFIX_TOKENS = 1 << 22
 _RANKS = 1 << 10
@@ -146,7 +147,7 @@ class KVEventDecoder:
                 return reports
             self.counts["lost batches"] += sequence - rank.expected
             lost = f"batches {rank.expected} to {sequence - 1} of rank {rank_index}"
-            reports += self._clear(rank, at, f"{lost} are lost")
+            reports += self._clear(rank, at, f"{lost} are lost", unknown=True)
         if not replayed:
             rank.live = sequence
         if sequence < rank.expected:
@@ -161,7 +162,7 @@ class KVEventDecoder:
     ) -> list[Report]:
         """Return what decoded *events* tell, neighbours of a kind as one report."""
         state = self._rank(rank)
-        run = Run(self.worker, at)
+        run = Run(self.worker, at, window=state.window)
         for event in events:
             try:
                 kind = event["type"]
@@ -208,7 +209,7 @@ class KVEventDecoder:
     def _store(self, rank: Holdings, event: Mapping[str, Any], run: Run) -> None:
         get = event.get
         group = get("group_idx")
-        if group != rank.group and not self._follow(rank, group, event):
+        if group != rank.group and not self._follow(rank, group, event, run):
             return
         tier = _tier(get("medium"), get("locality"))
         keys, tokens = event["block_hashes"], event["token_ids"]
@@ -300,10 +301,13 @@ class KVEventDecoder:
                 del held[name]
         run.add(BlocksRemoved, tier, rank.block_tokens, names)
 
-    def _clear(self, rank: Holdings, at: float, reason: str) -> list[Report]:
+    def _clear(
+        self, rank: Holdings, at: float, reason: str, *, unknown: bool = False
+    ) -> list[Report]:
         """Forget what *rank* holds; the report has no rank, so tell the others'."""
         rank.drop()
-        run = Run(self.worker, at, [BlocksCleared(at, self.worker, reason)])
+        cleared = BlocksCleared(at, self.worker, reason, unknown)
+        run = Run(self.worker, at, [cleared], rank.window)
         if self._holders:
             self._count_holders()
             for other in self._ranks.values():
@@ -332,14 +336,30 @@ class KVEventDecoder:
             self._gone(rank, [table.pop(key)[0] for key in oldest], tier, run)
 
     def _follow(
-        self, rank: Holdings, group: int | None, event: Mapping[str, Any]
+        self, rank: Holdings, group: int | None, event: Mapping[str, Any], run: Run
     ) -> bool:
-        """Say whether this cache group is the one that is indexed."""
+        """Say whether this cache group is the one that is indexed.
+
+        One that holds whole prefixes, if there is any; until it shows up, one of
+        sliding windows, which is all that some models have.
+        """
         kind = event.get("kv_cache_spec_kind")
+        window = event.get("kv_cache_spec_sliding_window") or 0
         if group is None:
             return True
-        if rank.group is None and (kind in _WHOLE if kind else group == 0):
+        whole = kind in _WHOLE if kind else group == 0
+        if whole and (rank.group is None or rank.window):
+            if rank.window:
+                run.flush()
+                rank.window = run.window = 0
+                run.reports += self._clear(
+                    rank, run.at, "whole prefixes are followed now", unknown=True
+                )
             rank.group = group
+            return True
+        if rank.group is None and kind in _SLIDING and window > 0:
+            rank.group = group
+            rank.window = run.window = window
             return True
         self.counts["events of other groups"] += 1
         return False

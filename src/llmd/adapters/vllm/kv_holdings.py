@@ -25,6 +25,7 @@ class Holdings:
         copies: (tier, engine hash) -> copies beyond the first.
         block_tokens: As the last event told.
         group: The cache group that is followed, once known.
+        window: Tokens its layers look back; 0 if all.
     """
 
     expected: int = 0
@@ -33,6 +34,7 @@ class Holdings:
     copies: dict[tuple[Tier, Any], int] = attrs.field(factory=dict)
     block_tokens: int = 1
     group: int | None = None
+    window: int = 0
 
     def drop(self) -> None:
         self.copies.clear()
@@ -73,6 +75,7 @@ class Run:
     worker: WorkerId
     at: float
     reports: list[Report] = attrs.field(factory=list)
+    window: int = 0
     kind: tuple[type[Report], Tier, int] | None = None
     names: list[int] = attrs.field(factory=list)
 
@@ -93,7 +96,9 @@ class Run:
         report, tier, block_tokens = self.kind
         hashes = np.array(self.names, dtype=np.uint64)
         if report is BlocksStored:
-            stored = BlocksStored(self.at, self.worker, hashes, block_tokens, tier)
+            stored = BlocksStored(
+                self.at, self.worker, hashes, block_tokens, tier, self.window
+            )
             self.reports.append(stored)
         else:
             self.reports.append(BlocksRemoved(self.at, self.worker, hashes, tier))

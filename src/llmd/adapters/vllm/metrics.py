@@ -75,7 +75,8 @@ def read_metrics(page: str) -> dict[str, EngineMetrics]:
         by_label = metrics.setdefault(name.removeprefix("vllm:"), {})
         if name == "vllm:cache_config_info":
             for key in ("block_size", "num_gpu_blocks"):
-                by_label[key] = float(labels.get(key) or "nan")
+                told = labels.get(key, "")
+                by_label[key] = float(told) if told.isdigit() else math.nan
         else:
             key = labels.get("finished_reason") or labels.get("source", "")
             key = labels.get("sleep_state", key)

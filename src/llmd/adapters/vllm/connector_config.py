@@ -1,0 +1,69 @@
+"""What vLLM must be told to load a connector; needs no vLLM itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def transfer_config(
+    *,
+    role: str = "kv_both",
+    staging_bytes: int = 256 << 20,
+    timeout_s: float = 10.0,
+    offer_s: float = 30.0,
+    checksums: bool = True,
+) -> dict[str, Any]:
+    """Return the `kv_transfer_config` with which vLLM loads `LlmdConnector`.
+
+    The key that engines share is read from the environment of the engine,
+    `LLMD_KV_KEY`, as vLLM prints its configuration to its log.
+
+    Args:
+        role: "kv_producer", "kv_consumer" or "kv_both".
+        staging_bytes: Of the slab that blocks pass through.
+        timeout_s: After which the decode engine computes the prompt itself.
+        offer_s: How long the prefill engine keeps a prompt's KV in staging.
+        checksums: Check every block on arrival.
+
+    >>> transfer_config(role="kv_producer")["kv_load_failure_policy"]
+    'recompute'
+    """
+    return {
+        "kv_connector": "LlmdConnector",
+        "kv_connector_module_path": "llmd.adapters.vllm.connector",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "staging_bytes": staging_bytes,
+            "timeout_s": timeout_s,
+            "offer_s": offer_s,
+            "checksums": checksums,
+        },
+    }
+
+
+def nixl_config(
+    *, role: str = "kv_both", push: bool = False, lease_s: int = 30, cpu: bool = False
+) -> dict[str, Any]:
+    """Return the `kv_transfer_config` for vLLM's own NIXL connector, guarded.
+
+    Each engine also needs `VLLM_NIXL_SIDE_CHANNEL_HOST` and a
+    `VLLM_NIXL_SIDE_CHANNEL_PORT` of its own in its environment.
+
+    Args:
+        role: "kv_producer", "kv_consumer" or "kv_both".
+        push: The prefill engine writes; otherwise the decode engine reads.
+        lease_s: How long the prefill engine keeps blocks nobody asked for.
+        cpu: The engine runs on a CPU.
+
+    >>> nixl_config(push=True)["kv_connector"]
+    'LlmdNixlPush'
+    """
+    return {
+        "kv_connector": "LlmdNixlPush" if push else "LlmdNixlPull",
+        "kv_connector_module_path": "llmd.adapters.vllm.connector_nixl",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": lease_s},
+        **({"kv_buffer_device": "cpu"} if cpu else {}),
+    }

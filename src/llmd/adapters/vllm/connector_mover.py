@@ -1,0 +1,171 @@
+"""Copies between an engine's caches and the slots of a slab."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import TransferError
+from ...transport.frames import Words
+from ...transport.outbox import Blocks
+from ..nixl.slab import xxh3
+
+_log = logging.getLogger(__name__)
+
+
+class Mover(abc.ABC):
+    """Moves blocks of all layers at once.
+
+    Attributes:
+        order: How a block's values lie in a slot.
+    """
+
+    order: str
+
+    @abc.abstractmethod
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the caches into slots."""
+
+    @abc.abstractmethod
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots into blocks of the caches."""
+
+    @abc.abstractmethod
+    def sums(self, layer: int, slots: Blocks) -> Words:
+        """Checksum slots of a layer."""
+
+
+def mover(layers: Sequence[Any], slab: Any) -> Mover:
+    """Return the fastest way there is for these caches.
+
+    Args:
+        layers: Of the cache, each with its blocks along the first axis.
+        slab: Bytes, shape (layers, slots, block_bytes).
+    """
+    if not slab.is_cuda:
+        return TorchMover(layers, slab)
+    if slab.shape[2] % 8 or not _dense(layers):
+        _log.warning("blocks of the cache are not dense: KV moves layer by layer")
+        return TorchMover(layers, slab)
+    return KernelMover(layers, slab)
+
+
+class TorchMover(Mover):
+    """Moves one layer after the other with torch, on any device."""
+
+    def __init__(self, layers: Sequence[Any], slab: Any) -> None:
+        self._layers, self._slab = layers, slab
+        self.order = "x".join(map(str, layers[0].shape[1:]))
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        index, place = self._index(blocks), self._where(slots)
+        for layer, staged in zip(self._layers, self._slab, strict=True):
+            taken = layer.index_select(0, index).contiguous()
+            staged[place] = taken.view(len(taken), -1).view(torch.uint8)
+
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        index, place = self._index(blocks), self._where(slots)
+        for layer, staged in zip(self._layers, self._slab, strict=True):
+            values = staged[place].contiguous().view(layer.dtype)
+            layer[index] = values.view(len(blocks), *layer.shape[1:])
+
+    def sums(self, layer: int, slots: Blocks) -> Words:
+        return xxh3(self._slab[layer].cpu().numpy(), slots)
+
+    def _index(self, numbers: Sequence[int]) -> Any:
+        return torch.tensor(numbers, dtype=torch.long, device=self._slab.device)
+
+    def _where(self, slots: Sequence[int]) -> Any:
+        """Return *slots* as a slice if they are a run, which saves a copy."""
+        if slots[-1] - slots[0] == len(slots) - 1:
+            return slice(slots[0], slots[-1] + 1)
+        return self._index(slots)
+
+
+class KernelMover(Mover):
+    """Moves all layers in one kernel for each run of slots, on a GPU."""
+
+    def __init__(self, layers: Sequence[Any], slab: Any) -> None:
+        from ..nixl import kernels
+
+        first = layers[0]
+        self._kernels, self._layers = kernels, layers
+        self._slab = slab.view(torch.int64)
+        self._bases = torch.tensor(
+            [layer.data_ptr() for layer in layers],
+            dtype=torch.int64,
+            device=slab.device,
+        )
+        self._stride_words = first.stride(0) * first.element_size() // 8
+        # Blocks are moved as they lie, so the strides are part of the order.
+        self.order = f"{tuple(first.shape[1:])} by {first.stride()[1:]}"
+        self._side = torch.cuda.Stream(slab.device)
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        self._move(blocks, slots, gather=True)
+
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        self._move(blocks, slots, gather=False)
+
+    def sums(self, layer: int, slots: Blocks) -> Words:
+        # In a stream of its own: the engine's may be busy for a long time.
+        with torch.cuda.device(self._slab.device), torch.cuda.stream(self._side):
+            index = torch.from_numpy(slots).to(self._slab.device)
+            found = self._kernels.sum_of(self._slab[layer], index).cpu()
+        return np.asarray(found.numpy().view(np.uint64))
+
+    def _move(
+        self, blocks: Sequence[int], slots: Sequence[int], *, gather: bool
+    ) -> None:
+        index = torch.tensor(blocks, dtype=torch.int64, device=self._slab.device)
+        for start, stop in runs(slots):
+            self._kernels.move(
+                self._bases,
+                index[start:stop],
+                self._slab,
+                slots[start],
+                block_words=self._slab.shape[2],
+                stride_words=self._stride_words,
+                gather=gather,
+            )
+
+
+def runs(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where runs of consecutive slots begin and end in *slots*.
+
+    >>> runs([4, 5, 6, 9, 10])
+    [(0, 3), (3, 5)]
+    """
+    breaks = np.flatnonzero(np.diff(np.asarray(slots)) != 1) + 1
+    edges = [0, *breaks.tolist(), len(slots)]
+    return list(itertools.pairwise(edges))
+
+
+def by_block(name: str, cache: Any, blocks: int) -> Any:
+    """View a cache with its blocks along the first axis.
+
+    Raises:
+        TransferError: No axis has as many entries as there are blocks.
+    """
+    for axis in range(min(2, cache.dim())):
+        if cache.shape[axis] == blocks:
+            return cache.movedim(axis, 0)
+    raise TransferError(
+        f"the cache of {name}, {tuple(cache.shape)}, has no axis of {blocks} blocks"
+    )
+
+
+def _dense(layers: Sequence[Any]) -> bool:
+    """Say whether each block is one piece of memory, alike in all layers."""
+    first = layers[0]
+    shape, strides = first.shape[1:], first.stride()[1:]
+    spanned = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+    return spanned == first[0].numel() and all(
+        layer.stride() == first.stride() for layer in layers
+    )

@@ -1,0 +1,146 @@
+"""A slab that KV passes through on its way in or out of an engine's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from ...errors import TransferError
+from ...transport.interface import Layout
+from ..nixl.slab import Slab
+from .connector_mover import by_block, mover
+
+
+@attrs.define(eq=False)
+class Slots:
+    """Which slots of a slab are free; prefers runs, which are written at once.
+
+    >>> slots = Slots(6)
+    >>> slots.take(4), slots.take(3)
+    ([0, 1, 2, 3], None)
+    >>> slots.give([1, 2])
+    >>> slots.take(3)
+    [1, 2, 4]
+    """
+
+    count: int
+    _free: Any = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._free = np.ones(self.count, dtype=np.bool_)
+
+    @property
+    def free(self) -> int:
+        """How many are free."""
+        return int(self._free.sum())
+
+    def take(self, wanted: int) -> list[int] | None:
+        """Return *wanted* slots, or None if there are not as many."""
+        if wanted == 0:
+            return []
+        free = np.flatnonzero(self._free)
+        if len(free) < wanted:
+            return None
+        starts = free[: len(free) - wanted + 1]
+        whole = np.flatnonzero(free[wanted - 1 :] - starts == wanted - 1)
+        first = int(whole[0]) if len(whole) else 0
+        taken = free[first : first + wanted]
+        self._free[taken] = False
+        return [int(slot) for slot in taken]
+
+    def give(self, slots: Sequence[int]) -> None:
+        """Take slots back."""
+        self._free[list(slots)] = True
+
+
+class Staging:
+    """Gathers blocks of an engine's caches into a slab and scatters them out.
+
+    On a GPU both are kernels on the engine's own stream, so they are in order
+    with its steps.
+    """
+
+    def __init__(
+        self, caches: Mapping[str, Any], vllm_config: Any, staging_bytes: int
+    ) -> None:
+        """Make the slab.
+
+        Args:
+            caches: The engine's cache of each layer, by name.
+            vllm_config: Of the engine.
+            staging_bytes: Of the slab, at most.
+
+        Raises:
+            TransferError: The layers differ, or have no axis of blocks.
+        """
+        blocks = vllm_config.cache_config.num_gpu_blocks
+        layers = [by_block(name, cache, blocks) for name, cache in caches.items()]
+        first = layers[0]
+        if any(layer.shape != first.shape for layer in layers):
+            raise TransferError("layers whose caches differ in shape are not supported")
+        block_bytes = first[0].numel() * first.element_size()
+        count = max(1, staging_bytes // (block_bytes * len(layers)))
+        self._tensor = torch.empty(
+            (len(layers), count, block_bytes), dtype=torch.uint8, device=first.device
+        )
+        self._mover = mover(layers, self._tensor)
+        model = vllm_config.model_config
+        self._layout = Layout(
+            model=f"{os_name(model.model)} {model.quantization or ''}".strip(),
+            dtype=str(first.dtype).removeprefix("torch."),
+            layers=len(layers),
+            block_tokens=vllm_config.cache_config.block_size,
+            block_bytes=block_bytes,
+            order=self._mover.order,
+        )
+        self.slots = Slots(count)
+        self._pending: list[tuple[Any, list[int]]] = []
+
+    def slab(self) -> Slab:
+        """Return the slab as a transport takes it."""
+        tensor, layout = self._tensor, self._layout
+        bases = tuple([layer.data_ptr() for layer in tensor])
+        cuda = tensor.is_cuda
+        return Slab(
+            layout=layout,
+            blocks=self.slots.count,
+            bases=bases,
+            memory="VRAM" if cuda else "DRAM",
+            device=tensor.device.index or 0 if cuda else 0,
+            sums=self._mover.sums,
+            enter=(lambda: torch.cuda.set_device(tensor.device)) if cuda else None,
+            owner=tensor,
+        )
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the caches into slots."""
+        self._mover.gather(blocks, slots)
+
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots into blocks of the caches."""
+        self._mover.scatter(slots, blocks)
+
+    def mark(self) -> Any:
+        """Return an event after all that was gathered so far; None if it is done."""
+        if not self._tensor.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def give_when_done(self, slots: list[int]) -> None:
+        """Take slots back once nothing reads them any more."""
+        self._pending.append((self.mark(), slots))
+        while self._pending and (
+            self._pending[0][0] is None or self._pending[0][0].query()
+        ):
+            self.slots.give(self._pending.pop(0)[1])
+
+
+def os_name(path: str) -> str:
+    """Return the last part of a model's path: it may lie elsewhere on each host."""
+    return path.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,95 @@
+"""Flow control: an order, gates before it and rooms behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import attrs
+
+from ..booking import Booking
+from ..types import Request
+from ..view import Mask, View
+from .accounts import Accounts
+from .gates import Gate
+from .interface import Listener, Place
+from .over import Over
+from .rooms import Room
+from .verdict import Verdict
+
+
+@attrs.define(eq=False)
+class FlowControl(Over):
+    """An order with gates, rooms and accounts; each part stays its own.
+
+    A request enters if the order and every gate let it in.  A worker has room
+    if the order and every room say so.  The order's share, what hold-back
+    leaves to a band, binds gates and rooms alike.
+
+    Attributes:
+        order: Orders what waits: `Bands`, `Vtc`, one of your own.
+        gates: Asked on entry, all of them, so that a refusal names each cause.
+        rooms: Asked before each dispatch.
+        accounts: Figures of tenants; None keeps none.
+
+    >>> from llmd.balancer import Bands, FixedRoom, RateLimit, Vtc
+    >>> control = FlowControl(
+    ...     Bands([Vtc(), Vtc()]),
+    ...     gates=[RateLimit(requests_per_min=600.0)],
+    ...     rooms=[FixedRoom(requests=8)],
+    ... )
+    """
+
+    gates: tuple[Gate, ...] = attrs.field(default=(), converter=tuple)
+    rooms: tuple[Room, ...] = attrs.field(default=(), converter=tuple)
+    accounts: Accounts | None = attrs.field(factory=Accounts, repr=False)
+    _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        accounts = () if self.accounts is None else (self.accounts,)
+        self._listeners = (self.order, *self.gates, *self.rooms, *accounts)
+
+    def place(self, request: Request, view: View, since: float) -> Place:
+        place = self.order.place(request, view, since)
+        lanes: tuple[Hashable, ...] = tuple([r.lane(request, view) for r in self.rooms])
+        if not any(lanes):
+            return place
+        return Place(place.key, place.flow, (place.lane, lanes), place.until)
+
+    def admit(self, request: Request, view: View) -> Verdict:
+        verdict = self.order.admit(request, view)
+        if not verdict.admitted:
+            return verdict
+        share = self.order.share(request, view)
+        return Verdict.of([gate.check(request, share, view) for gate in self.gates])
+
+    def room(self, request: Request, view: View) -> Mask:
+        room = self.order.room(request, view)
+        if self.rooms:
+            share = self.order.share(request, view)
+            for each in self.rooms:
+                room = room & each.open(request, share, view)
+        return room
+
+    def admitted(self, request: Request, view: View) -> None:
+        for listener in self._listeners:
+            listener.admitted(request, view)
+
+    def queued(self, request: Request, view: View) -> None:
+        for listener in self._listeners:
+            listener.queued(request, view)
+
+    def unqueued(self, request: Request, view: View) -> None:
+        for listener in self._listeners:
+            listener.unqueued(request, view)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        for listener in self._listeners:
+            listener.dispatched(booking, view)
+
+    def generated(self, booking: Booking, tokens: int, view: View) -> None:
+        for listener in self._listeners:
+            listener.generated(booking, tokens, view)
+
+    def ended(self, booking: Booking, view: View) -> None:
+        for listener in self._listeners:
+            listener.ended(booking, view)

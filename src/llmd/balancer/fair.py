@@ -1,0 +1,216 @@
+"""Fairness among tenants: who has had least goes next.
+
+All count in `Ledger`s, one for each policy object.  Tenants are compared over
+everything they had through that object, whatever the model.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Hashable, Mapping
+from operator import attrgetter
+from typing import Any
+
+import attrs
+
+from ..booking import Booking
+from ..errors import PolicyError
+from ..types import Request
+from ..view import View
+from .interface import Place, QueueBalancer
+from .ledger import Ledger
+from .orders import Fcfs
+from .over import Over
+
+_tenant: Callable[[Request], Hashable] = attrgetter("tenant")
+
+
+def _positive(self: Any, attribute: Any, weights: Mapping[Hashable, float]) -> None:
+    for tenant, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise PolicyError(f"the weight of {tenant!r} is {weight}, must be positive")
+
+
+@attrs.define(eq=False, kw_only=True)
+class Fair(Over, abc.ABC):
+    """One flow for each tenant, each in the order of `order`.
+
+    Attributes:
+        order: Of the requests of one tenant; its own flows are not looked at.
+        weights: What part each tenant deserves, relative to 1.0 of others.
+        tenant: Whom a request belongs to.
+    """
+
+    order: QueueBalancer = attrs.field(factory=Fcfs, kw_only=False)
+    weights: Mapping[Hashable, float] = attrs.field(factory=dict, validator=_positive)
+    tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
+    ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
+
+    def flow(self, request: Request) -> Hashable:
+        return self.tenant(request)
+
+    def weight(self, tenant: Hashable) -> float:
+        """Return the weight of a tenant."""
+        return self.weights.get(tenant, 1.0)
+
+    def turn(self, flow: Hashable, view: View) -> Any:
+        return self.ledger[flow], self.ledger.number(flow)
+
+    def place(self, request: Request, view: View, since: float) -> Place:
+        below = self.order.place(request, view, since)
+        return Place(below.key, self.flow(request), below.lane, below.until)
+
+    def queued(self, request: Request, view: View) -> None:
+        self.ledger.open(self.tenant(request))
+        self.order.queued(request, view)
+
+    def unqueued(self, request: Request, view: View) -> None:
+        self.ledger.close(self.tenant(request))
+        self.order.unqueued(request, view)
+
+    @abc.abstractmethod
+    def charge(self, request: Request, tokens: float, view: View) -> None:
+        """Charge the tenant of *request* for *tokens* of service."""
+
+    @abc.abstractmethod
+    def prompt_cost(self, booking: Booking) -> float:
+        """Return what the prompt of a request costs on dispatch."""
+
+    def token_cost(self, tokens: int) -> float:
+        """Return what *tokens* of output cost."""
+        return float(tokens)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        self.charge(booking.request, self.prompt_cost(booking), view)
+        self.order.dispatched(booking, view)
+
+    def generated(self, booking: Booking, tokens: int, view: View) -> None:
+        self.charge(booking.request, self.token_cost(tokens), view)
+        self.order.generated(booking, tokens, view)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Vtc(Fair):
+    """Virtual token counter: the tenant with the least service goes next.
+
+    Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024.  A
+    tenant that begins to wait is lifted to the least counter of those who
+    wait, so that idling earns nothing.  The service of two tenants that wait
+    throughout an interval differs by at most 2 * max(prompt_weight * longest
+    prompt, output_weight * tokens that one tenant's running requests may
+    still generate), divided by weights.
+
+    Attributes:
+        prompt_weight: Cost of a prompt token.
+        output_weight: Cost of a generated token.
+
+    >>> Vtc(weights={"gold": 2.0}).weight("gold")
+    2.0
+    """
+
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+
+    def charge(self, request: Request, tokens: float, view: View) -> None:
+        tenant = self.tenant(request)
+        self.ledger.add(tenant, tokens / self.weight(tenant))
+
+    def prompt_cost(self, booking: Booking) -> float:
+        return self.prompt_weight * booking.request.prompt_tokens
+
+    def token_cost(self, tokens: int) -> float:
+        return self.output_weight * tokens
+
+
+@attrs.define(eq=False, kw_only=True)
+class FairRoundRobin(Vtc):
+    """Each tenant in turn, a request at a time, whatever its size.
+
+    The requests dispatched of two tenants that wait throughout an interval
+    differ by at most two at equal weights.
+
+    >>> FairRoundRobin().token_cost(5)
+    0.0
+    """
+
+    def prompt_cost(self, booking: Booking) -> float:
+        return 1.0
+
+    def token_cost(self, tokens: int) -> float:
+        return 0.0
+
+
+@attrs.define(eq=False, kw_only=True)
+class Drr(Vtc):
+    """Deficit round robin: each tenant in turn, *quantum* tokens at a time.
+
+    Shreedhar and Varghese, "Efficient fair queuing using deficit round
+    robin", IEEE/ACM ToN 4(3), 1996, in the form that charges afterwards (a
+    tenant goes on while its deficit is positive, and pays back what it
+    overdrew).  A round in which nobody can send is skipped: what a tenant
+    has had, counted in quanta, is the round it is in.  Prompts cost what is
+    not cached.
+
+    The service of two tenants that wait throughout an interval differs by at
+    most 2 * (quantum + prompt_weight * longest prompt + output_weight * tokens
+    that one tenant's running requests may still generate).
+
+    Attributes:
+        quantum: Tokens a round, at weight 1.0.
+
+    >>> Drr(quantum=512.0).quantum
+    512.0
+    """
+
+    quantum: float = 2048.0
+
+    def turn(self, flow: Hashable, view: View) -> Any:
+        round = self.ledger[flow] // self.quantum
+        return round, self.ledger.number(flow)
+
+    def prompt_cost(self, booking: Booking) -> float:
+        return self.prompt_weight * booking.uncached_tokens
+
+
+@attrs.define(eq=False, kw_only=True)
+class Las(Vtc):
+    """Least attained service, which is forgotten with a half-life.
+
+    A tenant new to the system goes first, and old sins are forgiven.  Nuyens
+    and Wierman, "The Foreground-Background queue: a survey", Performance
+    Evaluation 65, 2008.  Two tenants that wait throughout differ in attained
+    service, decayed, by at most what one request adds; no bound holds against
+    a stream of ever new tenants, which is why bands age.
+
+    Counters are kept as log2(service) + time / half-life, in which decay
+    changes no order, so that nothing needs to be updated as time passes.
+
+    Attributes:
+        half_life: Seconds in which attained service counts half.
+
+    >>> Las(half_life=30.0).half_life
+    30.0
+    """
+
+    half_life: float = 60.0
+    ledger: Ledger = attrs.field(
+        factory=lambda: Ledger(lifts=False), init=False, repr=False
+    )
+
+    def queued(self, request: Request, view: View) -> None:
+        past = view.now / self.half_life
+        # Less than one token attained is as good as nothing.
+        self.ledger.forget_below(past)
+        self.ledger.open(self.tenant(request), start=past)
+        self.order.queued(request, view)
+
+    def charge(self, request: Request, tokens: float, view: View) -> None:
+        if tokens <= 0:
+            return
+        tenant, past = self.tenant(request), view.now / self.half_life
+        attained = 0.0
+        if tenant in self.ledger:
+            attained = 2.0 ** min(self.ledger[tenant] - past, 1000.0)
+        attained += tokens / self.weight(tenant)
+        self.ledger.set(tenant, math.log2(attained) + past)

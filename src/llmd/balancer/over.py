@@ -1,0 +1,79 @@
+"""A balancer that lies over another and changes some of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable
+from typing import Any
+
+import attrs
+
+from ..booking import Booking
+from ..types import Request, RequestId
+from ..view import Mask, View
+from .interface import Place, QueueBalancer
+from .orders import Fcfs
+from .verdict import Verdict
+
+
+@attrs.define(eq=False)
+class Over(QueueBalancer):
+    """Does as `order` does; subclasses change what they are there for.
+
+    Attributes:
+        order: The balancer below.
+
+    >>> Over(Fcfs(max_waiting=9)).order
+    Fcfs(max_running=None, max_waiting=9)
+    """
+
+    order: QueueBalancer = attrs.field(factory=Fcfs)
+
+    def key(self, request: Request, view: View) -> Any:
+        return self.order.key(request, view)
+
+    def flow(self, request: Request) -> Hashable:
+        return self.order.flow(request)
+
+    def turn(self, flow: Hashable, view: View) -> Any:
+        return self.order.turn(flow, view)
+
+    def place(self, request: Request, view: View, since: float) -> Place:
+        return self.order.place(request, view, since)
+
+    @property
+    def restless(self) -> Collection[Hashable]:
+        """Flows whose turn may change by what happens to others."""
+        return self.order.restless
+
+    def moved(self, view: View) -> Iterable[RequestId]:
+        return self.order.moved(view)
+
+    def admit(self, request: Request, view: View) -> Verdict:
+        return self.order.admit(request, view)
+
+    def share(self, request: Request, view: View) -> float:
+        return self.order.share(request, view)
+
+    def room(self, request: Request, view: View) -> Mask:
+        return self.order.room(request, view)
+
+    def yields(self, booking: Booking, request: Request, view: View) -> bool:
+        return self.order.yields(booking, request, view)
+
+    def admitted(self, request: Request, view: View) -> None:
+        self.order.admitted(request, view)
+
+    def queued(self, request: Request, view: View) -> None:
+        self.order.queued(request, view)
+
+    def unqueued(self, request: Request, view: View) -> None:
+        self.order.unqueued(request, view)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        self.order.dispatched(booking, view)
+
+    def generated(self, booking: Booking, tokens: int, view: View) -> None:
+        self.order.generated(booking, tokens, view)
+
+    def ended(self, booking: Booking, view: View) -> None:
+        self.order.ended(booking, view)

@@ -1,0 +1,309 @@
+"""How much a worker may hold: rooms, which compose by all having to agree."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections import deque
+from collections.abc import Callable, Hashable
+
+import attrs
+import numpy as np
+
+from ..booking import Booking
+from ..errors import PolicyError
+from ..types import Request, RequestId, WorkerId
+from ..view import Mask, View
+from .interface import Listener
+
+
+class Room(Listener, abc.ABC):
+    """Says which workers have room for one more request.
+
+    >>> class OneEach(Room):
+    ...     def open(self, request, share, view):
+    ...         return view.workers.running_requests < 1
+    """
+
+    @abc.abstractmethod
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        """Say which workers of *view* have room, shape (W,).
+
+        Args:
+            request: For whom; the next in its lane.
+            share: What part of the room it may fill, in (0, 1].
+            view: The workers that could serve it.
+        """
+
+    def lane(self, request: Request, view: View) -> Hashable:
+        """Return what to tell apart, so that one kind does not hold up another."""
+        return ()
+
+
+@attrs.frozen
+class FixedRoom(Room):
+    """Fixed limits on the requests and tokens that run on a worker.
+
+    An idle worker always has room, and one with no prompt under way has room
+    for a prompt of any length.
+
+    Attributes:
+        requests: Running at once, at most; None for what it batches.
+        kv_usage: Part of its KV cache that prompts and outputs so far may
+            fill, the new prompt included.
+        prefill_tokens: Prompt tokens under way, at most.
+
+    >>> FixedRoom(requests=8).kv_usage
+    inf
+    """
+
+    requests: int | None = None
+    kv_usage: float = math.inf
+    prefill_tokens: float = math.inf
+
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        workers = view.workers
+        limit = workers.max_running if self.requests is None else self.requests
+        running = workers.running_requests
+        room: Mask = running < np.ceil(np.multiply(limit, share))
+        if self.kv_usage < math.inf:
+            tokens = workers.context_tokens + request.prompt_tokens
+            room = room & (tokens <= self.kv_usage * share * workers.kv_tokens)
+        if self.prefill_tokens < math.inf:
+            under_way = workers.prefill_tokens
+            tokens = under_way + view.uncached_tokens(request)
+            fits = (under_way == 0) | (tokens <= self.prefill_tokens * share)
+            room = room & fits
+        idle: Mask = running == 0
+        return room | idle
+
+
+@attrs.define
+class _Pace:
+    """What an AIMD limit knows of one worker."""
+
+    limit: float
+    since: float
+    itl_s: deque[float]
+    ttft_s: deque[float]
+    busiest: int = 0
+
+
+@attrs.define(eq=False, kw_only=True)
+class AimdRoom(Room):
+    """A limit on running requests that holds latency at a target, by feedback.
+
+    Chiu and Jain, "Analysis of the increase and decrease algorithms for
+    congestion avoidance", Computer Networks 17, 1989: every *window_s*, if
+    the 99th percentile is above the target, the worker's limit is multiplied
+    by *decrease*; if it is not and the limit was reached, *increase* is added.
+    Only samples of that window count, at most 4096.
+
+    Attributes:
+        itl_s: Target for the time between tokens, 99th percentile, seconds.
+        ttft_s: Target for the time from dispatch to first token, likewise.
+        start: Requests on a worker, to begin with.
+        lowest: Requests on a worker, at least.
+        highest: Requests on a worker, at most.
+        increase: Requests added a window.
+        decrease: Factor of a window that was too slow.
+        window_s: Seconds between looks.
+        samples: Needed for a look; a window with fewer goes on.
+
+    >>> AimdRoom(itl_s=0.05, start=16).limit("a")
+    16
+    """
+
+    itl_s: float = math.inf
+    ttft_s: float = math.inf
+    start: int = 32
+    lowest: int = 1
+    highest: int = 4096
+    increase: float = 1.0
+    decrease: float = 0.8
+    window_s: float = 1.0
+    samples: int = 20
+    _paces: dict[WorkerId, _Pace] = attrs.field(factory=dict, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if not 1 <= self.lowest <= self.start <= self.highest:
+            raise PolicyError(f"{self!r}: 1 <= lowest <= start <= highest must hold")
+        if not 0 < self.decrease < 1 or not self.increase > 0:
+            raise PolicyError(
+                f"{self!r}: decrease in (0, 1) and increase > 0 must hold"
+            )
+
+    def limit(self, worker: WorkerId) -> int:
+        """Return how many requests *worker* may run now."""
+        pace = self._paces.get(worker)
+        return self.start if pace is None else int(pace.limit)
+
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        limits = np.array([self.limit(id) for id in view.workers.ids], dtype=np.float64)
+        room: Mask = view.workers.running_requests < np.ceil(limits * share)
+        return room
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        worker = booking.decision.decode
+        pace = self._pace(worker, view)
+        row = view.workers.ids.index(worker)
+        running = int(view.workers.running_requests[row]) + 1
+        pace.busiest = max(pace.busiest, running)
+
+    def generated(self, booking: Booking, tokens: int, view: View) -> None:
+        pace = self._pace(booking.decision.decode, view)
+        if math.isnan(booking.last_token_at):
+            pace.ttft_s.append(view.now - booking.dispatched_at)
+        else:
+            pace.itl_s.append((view.now - booking.last_token_at) / tokens)
+        if view.now >= pace.since + self.window_s:
+            self._look(pace, view.now)
+
+    def _look(self, pace: _Pace, now: float) -> None:
+        enough = [
+            (samples, target)
+            for samples, target in (
+                (pace.itl_s, self.itl_s),
+                (pace.ttft_s, self.ttft_s),
+            )
+            if target < math.inf and len(samples) >= self.samples
+        ]
+        if not enough:
+            return
+        if any(np.percentile(list(s), 99) > target for s, target in enough):
+            pace.limit = max(pace.limit * self.decrease, float(self.lowest))
+        elif pace.busiest >= int(pace.limit):
+            pace.limit = min(pace.limit + self.increase, float(self.highest))
+        pace.since, pace.busiest = now, 0
+        pace.itl_s.clear()
+        pace.ttft_s.clear()
+
+    def _pace(self, worker: WorkerId, view: View) -> _Pace:
+        pace = self._paces.get(worker)
+        if pace is None:
+            if len(self._paces) > 2 * len(view.workers):
+                for gone in self._paces.keys() - set(view.workers.ids):
+                    del self._paces[gone]
+            pace = _Pace(
+                float(self.start), view.now, deque(maxlen=4096), deque(maxlen=4096)
+            )
+            self._paces[worker] = pace
+        return pace
+
+
+@attrs.define(eq=False, kw_only=True)
+class LongPrefillCap(Room):
+    """Lets only a few long prompts be computed on a worker at once.
+
+    Long prefills that run together slow every decode beside them, and a
+    prompt that arrives behind one in an engine waits for all its chunks
+    (vLLM issue 10774), whatever its priority.  A part of the workers can be
+    kept free of long prompts, always the same, so that short ones find a quick
+    place and their own prefixes there.  Requests that are long wait in a lane of
+    their own, so that others pass them.
+
+    Attributes:
+        at_once: Long prompts under way on a worker, at most.
+        long_tokens: Uncached tokens from which a prompt is long.
+        spare: Part of the workers, last in id order, that compute no long
+            prompt, in [0, 1); one at least always may.
+        of: Whose prompts are counted and capped.
+
+    >>> LongPrefillCap(long_tokens=2048).at_once
+    1
+    """
+
+    at_once: int = 1
+    long_tokens: int = 4096
+    spare: float = 0.0
+    of: Callable[[Request], bool] = attrs.field(
+        default=lambda request: True, repr=False
+    )
+    _long: dict[WorkerId, dict[RequestId, Booking]] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
+
+    def lane(self, request: Request, view: View) -> Hashable:
+        if request.prompt_tokens < self.long_tokens or not self.of(request):
+            return "short"
+        uncached = view.uncached_tokens(request)
+        is_long = not len(uncached) or bool((uncached >= self.long_tokens).all())
+        return "long" if is_long else "short"
+
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        short = request.prompt_tokens < self.long_tokens or not self.of(request)
+        if short:
+            return np.ones(len(view.workers), dtype=np.bool_)
+        busy = np.array([self.under_way(id) for id in view.workers.ids], dtype=np.int64)
+        room: Mask = busy < self.at_once
+        most = max(math.floor(len(busy) * (1.0 - self.spare)), 1)
+        room[most:] = False
+        return room | (view.uncached_tokens(request) < self.long_tokens)
+
+    def under_way(self, worker: WorkerId) -> int:
+        """Count the long prompts being computed on *worker*."""
+        bookings = self._long.get(worker)
+        if not bookings:
+            return 0
+        done = [id for id, booking in bookings.items() if booking.prefilled]
+        for id in done:
+            del bookings[id]
+        return len(bookings)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        if booking.uncached_tokens >= self.long_tokens and self.of(booking.request):
+            long = self._long.setdefault(booking.decision.first, {})
+            long[booking.request.id] = booking
+
+    def generated(self, booking: Booking, tokens: int, view: View) -> None:
+        self.ended(booking, view)
+
+    def ended(self, booking: Booking, view: View) -> None:
+        worker = booking.decision.first
+        long = self._long.get(worker)
+        if long is not None:
+            long.pop(booking.request.id, None)
+            if not long:
+                del self._long[worker]
+
+
+@attrs.define(eq=False, kw_only=True)
+class PromptBudget(Room):
+    """Spreads prompts out: so many uncached tokens a window on each worker.
+
+    A bucket of *tokens* that fills at *tokens* / *window_s*.  A prompt may
+    overdraw it, so that none is too long for ever, and the next waits until
+    that is made good.  Time passes for it at events, a driver's tick at the
+    latest.
+
+    Attributes:
+        tokens: Uncached prompt tokens dispatched in a window.
+        window_s: Its length, seconds.
+
+    >>> PromptBudget(tokens=8192, window_s=0.25).tokens
+    8192
+    """
+
+    tokens: float = 8192.0
+    window_s: float = 0.1
+    _filled: dict[WorkerId, tuple[float, float]] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
+
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        left = [self.left(id, view.now) for id in view.workers.ids]
+        room: Mask = np.array(left, dtype=np.float64) > 0
+        return room
+
+    def left(self, worker: WorkerId, now: float) -> float:
+        """Return the tokens left for *worker*; below zero it is overdrawn."""
+        tokens, at = self._filled.get(worker, (self.tokens, now))
+        return min(tokens + (now - at) * self.tokens / self.window_s, self.tokens)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        worker = booking.decision.first
+        if worker not in self._filled and len(self._filled) > 2 * len(view.workers):
+            for gone in self._filled.keys() - set(view.workers.ids):
+                del self._filled[gone]
+        left = self.left(worker, view.now) - booking.uncached_tokens
+        self._filled[worker] = (left, view.now)

@@ -1,0 +1,48 @@
+"""Traffic that grows with the age of a worker."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+
+from ..errors import InvalidPolicy
+from ..types import Request, WorkerId
+from ..view import Mask, View
+from .rooms import Room
+
+_REMEMBERED = 4096
+
+
+@attrs.define(kw_only=True)
+class SlowStart(Room):
+    """Lets a worker that has just become ready take a few requests at first.
+
+    Its caches are empty, so the first requests are its slowest; a burst that
+    waited for it would all land on it at once.  Age counts from when it is
+    first seen ready.
+
+    Attributes:
+        ramp: Seconds until a worker takes what it can.
+        first: Requests at once, at first.
+
+    >>> SlowStart(ramp=10.0).first
+    1
+    """
+
+    ramp: float = 30.0
+    first: int = 1
+    _since: dict[WorkerId, float] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.ramp <= 0 or self.first < 1:
+            raise InvalidPolicy("ramp must be positive and first at least 1")
+
+    def open(self, request: Request, share: float, view: View) -> Mask:
+        workers, since = view.workers, self._since
+        seen = [since.setdefault(worker, view.now) for worker in workers.ids]
+        if len(since) > _REMEMBERED + len(seen):
+            self._since = dict(zip(workers.ids, seen, strict=True))
+        grown = np.minimum((view.now - np.array(seen)) / self.ramp, 1.0)
+        most = self.first + (workers.max_running - self.first) * grown
+        allowed: Mask = workers.running_requests < most
+        return allowed

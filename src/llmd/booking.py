@@ -1,0 +1,56 @@
+"""A request on a worker: what was booked for it, and when."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from .decision import Decision
+from .types import Request, WorkerId
+
+
+@attrs.define(eq=False)
+class Booking:
+    """A request that was dispatched and has not ended; policies only read it.
+
+    Attributes:
+        request: It.
+        decision: Where it runs.
+        prefill_tokens: Prompt tokens booked on `decision.first`, 0 once done.
+        context_tokens: Prompt and output tokens booked on `decision.decode`.
+        uncached_tokens: Prompt tokens that were to be computed, by the index.
+        since: When the request arrived, seconds.
+        attempts: Dispatches of it that failed before this one.
+        dispatched_at: When this one began, seconds.
+        first_token_at: When its answer began; NaN before.
+        last_token_at: When it last generated; during the hook `generated`,
+            the time before that.  NaN before the first.
+        prefilled: The prompt is computed.
+        streamed: Its client has seen part of the answer.
+
+    >>> booking = Booking(Request(id="r", prompt=[1]), Decision("a"), 1, 1)
+    >>> booking.workers
+    ('a',)
+    """
+
+    request: Request
+    decision: Decision
+    prefill_tokens: int
+    context_tokens: int
+    uncached_tokens: int = 0
+    since: float = math.nan
+    attempts: int = 0
+    dispatched_at: float = math.nan
+    first_token_at: float = math.nan
+    last_token_at: float = math.nan
+    prefilled: bool = False
+    streamed: bool = False
+
+    @property
+    def workers(self) -> tuple[WorkerId, ...]:
+        """The workers that hold something of it."""
+        decode, prefill = self.decision.decode, self.decision.prefill
+        if prefill is None or prefill == decode or self.prefilled:
+            return (decode,)
+        return (prefill, decode)

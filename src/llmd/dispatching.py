@@ -1,0 +1,154 @@
+"""Sending on what waits: the balancer's order, room, route, announce, book."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heapreplace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import commands as c
+from .booking import Booking
+from .decision import Decision
+from .errors import PolicyError, policy_error
+from .lane import Entry
+from .types import Request
+from .waiting import LaneName
+
+if TYPE_CHECKING:
+    from .core import Core
+
+
+def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
+    """Send on whatever can go, of one lane or of all, in the balancer's order.
+
+    A lane whose head finds no room is closed for this time; the others
+    go on, so that no worker idles while a request it could take waits.
+    """
+    commands = _refresh(core)
+    waiting = core.waiting
+    if lane is None:
+        heads = waiting.ranks()
+        heapify(heads)
+    else:
+        rank = waiting.rank(lane)
+        heads = [] if rank is None else [(rank, lane)]
+    while heads:
+        rank, lane = heads[0]
+        now = waiting.rank(lane)
+        if now is None:
+            heappop(heads)
+        elif now != rank:
+            heapreplace(heads, (now, lane))
+        else:
+            sent = _send(core, lane)
+            if sent:
+                commands += sent
+                commands += _refresh(core)
+            else:
+                heappop(heads)
+    return commands
+
+
+def _send(core: Core, lane: LaneName) -> list[c.Command]:
+    """Dispatch the head of a lane, or fail it; nothing if it has no room."""
+    entry = core.waiting.head(lane)
+    assert entry is not None, "sent from an empty lane"
+    request = entry.request
+    shed: list[c.Command] = []
+    try:
+        decision = _place(core, request)
+        if decision is None:
+            decision, shed = _shed(core, request)
+            if decision is None:
+                return []
+        booking = _announce(core, entry, decision)
+    except Exception as error:
+        core.waiting.remove(request.id, core.view)
+        core.gone(request)
+        return [*shed, c.Fail(request, policy_error(core.router, error))]
+    core.waiting.remove(request.id, core.view)
+    core.books.book(booking)
+    core.view.totals.uncached_tokens += booking.prefill_tokens
+    core.view.advance(core.view.now)
+    return [*shed, c.Dispatch(request, decision)]
+
+
+def _refresh(core: Core) -> list[c.Command]:
+    """Let the balancer reorder what waits; fail what it fails on."""
+    commands: list[c.Command] = []
+    for request, error in core.waiting.refresh(core.view):
+        core.gone(request)
+        commands.append(c.Fail(request, error))
+    return commands
+
+
+def _place(core: Core, request: Request) -> Decision | None:
+    """Ask the policies where *request* may and should go now."""
+    able = core.fleet.serving(request.model, request.lora)
+    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+    view = core.view.only(able & (core.view.workers.max_model_tokens >= tokens))
+    room = np.asarray(core.balancer.room(request, view))
+    if room.shape != (len(view.workers),) or room.dtype != np.bool_:
+        raise PolicyError(
+            f"{core.balancer!r} gave room {room.dtype}{room.shape} for"
+            f" {len(view.workers)} workers"
+        )
+    if not room.any():
+        return None
+    return core.router.route(request, view.only(room))
+
+
+def _shed(core: Core, request: Request) -> tuple[Decision | None, list[c.Command]]:
+    """Find a place for *request* where less urgent work makes room for it.
+
+    Tries the newest such booking of each worker, which lost the least; one
+    that makes no room is left as it was.
+    """
+    for worker in core.view.workers.ids:
+        for booking in core.books.sheddable(worker):
+            if not core.balancer.yields(booking, request, core.view):
+                continue
+            core.books.release(booking)
+            try:
+                decision = _place(core, request)
+            except BaseException:
+                core.books.book(booking)
+                raise
+            if decision is None:
+                core.books.book(booking)
+                break
+            aborts = [c.Abort(w, booking.request.id) for w in booking.workers]
+            core.settle(booking)
+            return decision, [*aborts, core.requeue(booking, booking.attempts)]
+    return None, []
+
+
+def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
+    """Tell the policies of a decision; return what is to be booked.
+
+    The index comes last: what it expects, a booking will settle.
+    """
+    for worker in (decision.first, decision.decode):
+        if worker not in core.fleet:
+            raise PolicyError(f"{core.router!r} chose {worker!r}: not there")
+    request, now = entry.request, core.view.now
+    row = core.fleet.row(decision.first)
+    held = int(core.view.cached_tokens(request)[row, -1])
+    uncached = max(request.prompt_tokens - held, 1)
+    booking = Booking(
+        request,
+        decision,
+        prefill_tokens=uncached,
+        context_tokens=request.prompt_tokens,
+        uncached_tokens=uncached,
+        since=entry.since,
+        attempts=entry.attempts,
+        dispatched_at=now,
+    )
+    core.balancer.dispatched(booking, core.view)
+    core.waiting.touch(entry.flow)
+    core.index.expect(decision.first, request, now)
+    if decision.first != decision.decode:
+        core.index.expect(decision.decode, request, now)
+    return booking

@@ -1,0 +1,104 @@
+"""Prefixes on their way: sent to a worker, and not yet told of by its events."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import attrs
+import numpy as np
+
+from ..blocks import Hashes
+from ..types import Request, WorkerId
+from .holders import Holders
+
+STEP_TOKENS = 256
+
+
+@attrs.define(eq=False)
+class _Hope:
+    """Prefixes that one request will leave on the worker *bit*."""
+
+    bit: int
+    names: list[int]
+    until: float = float("inf")
+
+
+@attrs.define(eq=False)
+class Hopes:
+    """What requests in flight will leave behind.
+
+    Every block of a prompt's first 256 tokens counts, then every 256 tokens:
+    coarse, so that an arrival pays for 47 names of an 8k prompt and not 512.
+    Bounded by the requests in flight and those that settled a moment ago.
+    """
+
+    holders: Holders = attrs.field(factory=Holders)
+    # Worker's bit -> name -> the last hope for it.
+    _names: dict[int, dict[int, _Hope]] = attrs.field(factory=dict, init=False)
+    _open: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
+    _ending: deque[_Hope] = attrs.field(factory=deque, init=False)
+
+    def add(self, worker: WorkerId, bit: int, request: Request, tokens: int) -> None:
+        """Hope that *worker* will hold *request*, in blocks of *tokens* tokens."""
+        names = grid(request, tokens).tolist()
+        if not names:
+            return
+        hope = _Hope(bit, names)
+        self.holders.add(bit, names)
+        self._names.setdefault(bit, {}).update(dict.fromkeys(names, hope))
+        self._open[worker, request.id] = hope
+
+    def settle(self, worker: WorkerId, request: Request, until: float) -> None:
+        """Let the hope for *request* end at *until*, which never runs backwards."""
+        hope = self._open.pop((worker, request.id), None)
+        if hope is not None:
+            hope.until = until
+            self._ending.append(hope)
+
+    def expire(self, at: float) -> None:
+        """End what was to end by *at*."""
+        while self._ending and self._ending[0].until <= at:
+            hope = self._ending.popleft()
+            names = self._names.get(hope.bit)
+            if names:
+                lost = [name for name in hope.names if names.get(name) is hope]
+                for name in lost:
+                    del names[name]
+                self.holders.discard(hope.bit, lost)
+
+    def clear(self, bit: int) -> None:
+        """End all hopes for the worker *bit*."""
+        self.holders.discard(bit, self._names.pop(bit, ()))
+        self._open = {key: hope for key, hope in self._open.items() if hope.bit != bit}
+
+    def check(self, known: int) -> None:
+        """Raise AssertionError if an invariant is broken; for tests."""
+        self.holders.check(known)
+        for bit, names in self._names.items():
+            assert bit & known, "a stranger is hoped for"
+            find = self.holders.find
+            assert all(find(name, 0) & bit for name in names), "a hope does not count"
+
+
+def grid(request: Request, block_tokens: int) -> Hashes:
+    """Return the prefixes that are hoped for, each a prefix of the next.
+
+    >>> request = Request(id="r", prompt=range(600))
+    >>> names = grid(request, 16)
+    >>> [tokens_at(depth, 16) for depth in (1, 16, len(names))]
+    [16, 256, 512]
+    >>> bool(names[-1] == request.hashes(16)[31])
+    True
+    """
+    hashes = request.hashes(block_tokens)
+    fine = max(STEP_TOKENS // block_tokens, 1)
+    if len(hashes) < 2 * fine:
+        return hashes[:fine]
+    return np.concatenate((hashes[:fine], hashes[2 * fine - 1 :: fine]))
+
+
+def tokens_at(depth: int, block_tokens: int) -> int:
+    """Return the tokens of the prefix at *depth*, from 1, of a `grid`."""
+    fine = max(STEP_TOKENS // block_tokens, 1)
+    coarse = max(depth - fine, 0)
+    return block_tokens * (depth - coarse + coarse * fine)

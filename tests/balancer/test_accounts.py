@@ -1,0 +1,63 @@
+"""Figures of tenants."""
+
+import random
+
+import pytest
+
+from llmd import balancer as b
+
+
+def test_accounts_say_who_waits_and_was_served(shop):
+    control = b.FlowControl(b.Vtc())
+    sim = shop(control, places=1)
+    first = sim.arrive("a", 30)
+    sim.arrive("b", 10)
+    sim.token(first)
+    sim.token(first, 4)
+    accounts = control.accounts
+    assert accounts["a"].running == accounts["b"].waiting == 1
+    assert accounts["a"].served_tokens == 35
+    assert accounts["b"].served_tokens == 0
+    sim.wait(3.0)
+    sim.end(first)
+    assert accounts["b"].waits.quantile(0.5) == pytest.approx(3.0, rel=0.05)
+    assert accounts["a"].idle
+
+
+def test_the_gap_is_between_those_who_wait(shop):
+    for order, narrow in ((b.Vtc(), True), (b.Fcfs(), False)):
+        control = b.FlowControl(order)
+        sim = shop(control, places=1)
+        for _ in range(20):
+            sim.arrive("a", 50)
+        for _ in range(5):
+            sim.arrive("b", 50)
+        for _ in range(8):
+            sim.end(next(iter(sim.where)))
+        assert (control.accounts.service_gap <= 100) is narrow
+        assert (control.accounts.jain() > 0.7) is narrow
+
+
+def test_quantiles_are_within_a_bucket():
+    rng = random.Random(1)
+    waits, values = b.Waits(), [rng.expovariate(1.0) for _ in range(5000)]
+    for value in values:
+        waits.add(value)
+    values.sort()
+    for part in (0.1, 0.5, 0.9, 0.99):
+        exact = values[int(part * len(values))]
+        assert waits.quantile(part) == pytest.approx(exact, rel=0.06)
+
+
+def test_accounts_are_bounded_and_lose_no_totals(shop):
+    accounts = b.Accounts(most=10)
+    control = b.FlowControl(b.Fcfs(), accounts=accounts)
+    sim = shop(control, places=99)
+    busy = sim.arrive("busy", 7)
+    for number in range(100):
+        sim.end(sim.arrive(f"t{number}", 5))
+    assert len(accounts) <= 11
+    assert accounts["busy"].running == 1
+    kept = sum(account.prompt_tokens for _, account in accounts.items())
+    assert kept + accounts.others.prompt_tokens == 507
+    sim.end(busy)

@@ -1,0 +1,186 @@
+"""Who may enter: rates, deadlines, saturation, and signals too old to use."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+import llmd
+from llmd import balancer as b
+from llmd import events as e
+from llmd.errors import PolicyError, Rejected
+from llmd.machines import Machine
+
+
+def gated(*gates, order=None, rooms=()):
+    return b.FlowControl(order or b.Fcfs(), gates=gates, rooms=rooms)
+
+
+def refusal(sim, id):
+    error = sim.failed[id]
+    assert isinstance(error, Rejected)
+    return error
+
+
+def test_a_rate_is_kept_for_each_tenant(shop):
+    sim = shop(gated(b.RateLimit(requests_per_min=60.0, burst_s=2.0)))
+    assert [sim.arrive("a") in sim.failed for _ in range(3)] == [False, False, True]
+    assert sim.arrive("b") not in sim.failed
+    sim.wait(1.0)
+    assert [sim.arrive("a") in sim.failed for _ in range(2)] == [False, True]
+
+
+def test_retry_after_is_when_a_retry_works(shop):
+    gate = b.RateLimit(requests_per_min=30.0, tokens_per_min=600.0, burst_s=10.0)
+    for prompt, seconds in ((1, 2.0), (80, 6.0)):
+        sim = shop(gated(gate), places=99)
+        tenant = f"t{prompt}"
+        while (id := sim.arrive(tenant, prompt)) not in sim.failed:
+            pass
+        after = refusal(sim, id).retry_after
+        assert after == pytest.approx(seconds)
+        sim.wait(after * 0.9)
+        assert sim.arrive(tenant, prompt) in sim.failed
+        sim.wait(after * 0.1 + 1e-6)
+        assert sim.arrive(tenant, prompt) not in sim.failed
+
+
+def test_output_is_charged_as_it_comes(shop):
+    sim = shop(gated(b.RateLimit(tokens_per_min=60.0, burst_s=60.0)))
+    id = sim.arrive("a", 10)
+    sim.token(id)
+    sim.token(id, 99)
+    assert "tokens a minute" in refusal(sim, sim.arrive("a", 1)).reason
+    sim.wait(50.0)
+    assert sim.arrive("a", 1) in sim.failed
+    sim.wait(2.0)
+    assert sim.arrive("a", 1) not in sim.failed
+
+
+def test_a_prompt_longer_than_the_bucket_is_not_refused_for_ever(shop):
+    sim = shop(gated(b.RateLimit(tokens_per_min=60.0, burst_s=10.0)))
+    assert sim.arrive("a", 500) not in sim.failed
+    assert sim.arrive("a", 500) in sim.failed
+
+
+@settings(
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(st.floats(0, 3), max_size=60), st.floats(1, 20))
+def test_no_more_enter_than_burst_and_rate(shop, gaps, burst_s):
+    sim = shop(gated(b.RateLimit(requests_per_min=60.0, burst_s=burst_s)), places=999)
+    entered = []
+    for gap in gaps:
+        sim.wait(gap)
+        if sim.arrive("a") not in sim.failed:
+            entered.append(sim.now)
+    for number, start in enumerate(entered):
+        for count, stop in enumerate(entered[number:], 1):
+            assert count <= burst_s + (stop - start) + 1e-6
+
+
+def test_a_refusal_takes_nothing_from_the_bucket(shop):
+    full = b.QueueFull(requests=1)
+    sim = shop(gated(full, b.RateLimit(requests_per_min=60.0, burst_s=4.0)), places=1)
+    sim.arrive("a")
+    sim.arrive("a")
+    for _ in range(9):
+        assert "queue full" in refusal(sim, sim.arrive("a")).reason
+    sim.drain()
+    assert sim.arrive("a") not in sim.failed
+
+
+def test_buckets_are_bounded(shop):
+    gate = b.RateLimit(requests_per_min=1.0, max_tenants=20)
+    sim = shop(gated(gate), places=1000)
+    for number in range(200):
+        sim.arrive(f"t{number}")
+    assert len(gate._buckets) <= 21
+    sim.wait(3600.0)
+    for number in range(30):
+        sim.arrive(f"u{number}")
+    assert not any(str(tenant).startswith("t") for tenant in gate._buckets)
+
+
+def test_a_rate_that_never_lets_one_in_is_refused():
+    with pytest.raises(PolicyError):
+        b.RateLimit(requests_per_min=1.0, burst_s=1.0)
+
+
+def test_the_queue_is_bounded_in_tokens(shop):
+    sim = shop(gated(b.QueueFull(tokens=100)), places=1)
+    sim.arrive(prompt=90)
+    sim.arrive(prompt=90)
+    assert "tokens" in refusal(sim, sim.arrive(prompt=11)).reason
+    assert sim.arrive(prompt=10) not in sim.failed
+
+
+def test_who_cannot_be_served_in_time_is_told_at_once(shop):
+    prefill_s = Machine().prefill_s(1000.0)
+    sim = shop(gated(b.DeadlineInfeasible()), places=1)
+    assert sim.arrive(prompt=1000, deadline=1.5 * prefill_s) not in sim.failed
+    late = sim.arrive(prompt=1000, deadline=1.5 * prefill_s)
+    assert "deadline" in refusal(sim, late).reason
+    assert sim.arrive(prompt=1000, deadline=3.0 * prefill_s) not in sim.failed
+    assert sim.arrive(prompt=1000) not in sim.failed
+
+
+def test_saturation_refuses_the_lower_share_first(shop):
+    bands = b.Bands([b.Band(), b.Band(ceiling=0.5)])
+    sim = shop(gated(b.Saturation(max_wait_s=1.0), order=bands), places=1)
+    seconds = Machine().prefill_s(1024.0)
+    sim.arrive(prompt=1024)
+    while sim.cluster.view.waiting.prompt_tokens / 1024 * seconds < 0.6:
+        sim.arrive(prompt=1024, priority=0)
+    low = refusal(sim, sim.arrive(priority=1))
+    assert low.retry_after == pytest.approx(0.1, abs=0.05)
+    assert sim.arrive(priority=0) not in sim.failed
+
+
+def report(sim, usage, measured_at):
+    signals = llmd.Signals(kv_usage=usage)
+    sim.feed(e.SignalsReported(sim.now, "w0", signals, measured_at))
+
+
+def test_a_stale_report_is_not_believed_and_said_so(shop):
+    gate = b.Saturation(max_kv_usage=0.8, stale_s=5.0)
+    sim = shop(gated(gate))
+    request = llmd.Request(id="probe", prompt=[1])
+    sim.now = 10.0
+    report(sim, 0.95, measured_at=9.0)
+    view = sim.cluster.view
+    fresh = gate.check(request, 1.0, view)
+    assert not fresh.passed
+    assert fresh.value == pytest.approx(0.95 / 0.8)
+    sim.wait(6.0)
+    verdict = sim.cluster.balancer.admit(request, view)
+    assert verdict.admitted
+    assert "1 of 1 reports stale, own books used" in verdict.explain()
+
+
+@pytest.mark.parametrize("age", [0.0, math.inf, math.nan])
+def test_no_report_whatever_it_says_halts_dispatch(shop, age):
+    gate = b.Saturation(max_kv_usage=0.5)
+    sim = shop(gated(gate), places=1)
+    running = sim.arrive()
+    waiting = sim.arrive()
+    report(sim, 1.0, measured_at=sim.now - age if age < math.inf else math.nan)
+    sim.end(running)
+    assert sim.sent[-1] == waiting
+
+
+def test_every_cause_of_a_refusal_is_named(shop):
+    gates = b.RateLimit(requests_per_min=60.0, burst_s=1.0), b.QueueFull(requests=0)
+    verdict = b.Verdict.of(
+        [
+            gate.check(
+                llmd.Request(id="r", prompt=[1]), 1.0, shop(b.Fcfs()).cluster.view
+            )
+            for gate in gates
+        ]
+    )
+    assert not verdict.admitted
+    assert verdict.explain().count("\n") == 2

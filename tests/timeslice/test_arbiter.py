@@ -1,0 +1,185 @@
+"""The state machine of one GPU: order, memory, faults."""
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmd.errors import InvalidEvent, InvalidSlice, PolicyError
+from llmd.sim.gpu import Job
+from llmd.timeslice import (
+    Action,
+    Asked,
+    Do,
+    Done,
+    FairShare,
+    FifoLock,
+    GpuArbiter,
+    Joined,
+    Left,
+    QuantumScheduler,
+    Sharer,
+    TimeSlice,
+    Turn,
+    Wanted,
+)
+
+from .conftest import endless, run, worker
+
+POLICIES = [
+    lambda: QuantumScheduler(overhead=0.1),
+    lambda: FairShare(quantum_s=0.3),
+    FifoLock,
+]
+
+
+def finite(count=20):
+    return [
+        Job(arrived_at=0.1 * n, prompt_tokens=16, new_tokens=20) for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=20, deadline=None)
+@given(
+    crash_at=st.floats(0.0, 4.0),
+    fault=st.sampled_from(["crash", "broken", "stuck"]),
+    action=st.sampled_from(Action),
+    fitting=st.sampled_from([1, 2, 3]),
+    prefetch=st.booleans(),
+)
+def test_a_fault_never_wedges_the_ring(
+    policy, crash_at, fault, action, fitting, prefetch
+):
+    faults = {
+        "crash": {"crashes": {"b": crash_at}},
+        "broken": {"broken": {"b": action}},
+        "stuck": {"stuck": {"b": action}},
+    }[fault]
+    workers = [worker(name, finite(), awake_bytes=10.0) for name in "abc"]
+    run(
+        policy(),
+        workers,
+        until=120.0,
+        memory_bytes=10.0 * fitting,
+        prefetch=prefetch,
+        timeout_s=2.0,
+        **faults,
+    )
+    for one in workers:
+        if one.name != "b":
+            assert one.ended == 20, f"{one.name} ended {one.ended}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fitting", [1, 2, 3])
+def test_all_requests_end_and_nobody_runs_beside_another(policy, fitting):
+    workers = [worker(name, finite(), awake_bytes=10.0) for name in "abc"]
+    report = run(policy(), workers, until=120.0, memory_bytes=10.0 * fitting)
+    assert [one.ended for one in workers] == [20, 20, 20]
+    assert not report.lost
+    ends = 0.0
+    for turn in report.turns:
+        assert turn.chosen_at >= ends
+        ends = turn.ended_at
+
+
+def test_weights_loaded_ahead_hide_the_wake():
+    def busy(name):
+        return worker(name, endless(), awake_bytes=10.0, sleep_s=0.1, wake_s=0.3)
+
+    def used(prefetch):
+        workers = [busy(name) for name in "abc"]
+        policy = QuantumScheduler(quantum_s=1.0)
+        return run(
+            policy, workers, until=30.0, memory_bytes=20.0, prefetch=prefetch
+        ).utilisation
+
+    assert used(True) > 0.95
+    assert used(False) < 0.85
+
+
+def test_fair_shares_by_the_clock():
+    workers = [worker("a", endless(), weight=2.0), worker("b", endless())]
+    report = run(FairShare(quantum_s=0.2), workers, until=20.0)
+    assert report.shares()["a"] == pytest.approx(2 / 3, rel=0.05)
+
+
+def test_the_lock_is_held_until_its_holder_is_idle():
+    workers = [worker("a", finite(30)), worker("b", endless())]
+    locked = run(FifoLock(linger_s=0.5), workers, until=20.0)
+    assert locked.turns[0].engine == "a"
+    # All its requests, and the pauses between them, in one turn.
+    assert workers[0].ended == 30
+    assert sum(turn.engine == "a" for turn in locked.turns) == 1
+
+
+def arbiter_with(*engines, memory_bytes=float("inf"), policy=None):
+    arbiter = GpuArbiter(policy or FifoLock(), memory_bytes=memory_bytes)
+    for name in engines:
+        arbiter.handle(Joined(0.0, Sharer(engine=name)))
+        arbiter.handle(Done(0.0, name, Action.PAUSE))
+    return arbiter
+
+
+def test_events_of_gone_engines_are_late_and_not_wrong():
+    arbiter = arbiter_with("a")
+    arbiter.handle(Left(1.0, "a"))
+    assert arbiter.handle(Done(1.0, "a", Action.RESUME)) == []
+    assert arbiter.handle(Wanted(1.0, "a", 3)) == []
+    assert arbiter.handle(Left(1.0, "a")) == []
+
+
+def test_wrong_events_are_refused():
+    arbiter = arbiter_with("a", memory_bytes=10.0)
+    with pytest.raises(InvalidEvent, match="there already"):
+        arbiter.handle(Joined(1.0, Sharer(engine="a")))
+    with pytest.raises(InvalidEvent, match="no room"):
+        arbiter.handle(Joined(1.0, Sharer(engine="b", awake_bytes=11.0)))
+    arbiter.handle(Asked(2.0))
+    with pytest.raises(InvalidEvent, match="before"):
+        arbiter.handle(Asked(1.0))
+    with pytest.raises(InvalidEvent, match="no type"):
+        arbiter.handle(attrs.make_class("Odd", ["at"])(3.0))
+
+
+@pytest.mark.parametrize(
+    "turn", [Turn("nobody"), Turn("a", 0.0), Turn("a", float("nan"))]
+)
+def test_a_policy_that_answers_nonsense_is_named(turn):
+    class Nonsense(TimeSlice):
+        def next(self, view):
+            return turn
+
+    with pytest.raises(PolicyError, match="Nonsense"):
+        arbiter_with("a", policy=Nonsense())
+
+
+def test_a_sharer_needs_a_name_and_a_weight():
+    with pytest.raises(InvalidSlice):
+        Sharer(engine="")
+    with pytest.raises(InvalidSlice):
+        Sharer(engine="a", weight=0.0)
+
+
+def test_a_policy_of_ones_own_drives_the_gpu():
+    class Whim(TimeSlice):
+        def next(self, view):
+            if not view.wanting:
+                return Turn(view.running)
+            return Turn(view.wanting[view.rng.integers(len(view.wanting))].engine, 0.05)
+
+    workers = [worker(name, endless()) for name in "ab"]
+    report = run(Whim(), workers, until=20.0)
+    assert min(report.shares().values()) > 0.2
+    again = [worker(name, endless()) for name in "ab"]
+    assert run(Whim(), again, until=20.0).turns == report.turns
+
+
+def test_the_first_command_of_a_turn_is_to_resume():
+    arbiter = arbiter_with("a", "b")
+    assert arbiter.handle(Wanted(1.0, "a", 1)) == [Do("a", Action.RESUME)]
+    assert arbiter.running is None
+    arbiter.handle(Done(1.1, "a", Action.RESUME))
+    assert arbiter.running == "a"
+    assert arbiter.resident("a")
