@@ -55,7 +55,7 @@ class Fair(Over, abc.ABC):
         return self.weights.get(tenant, 1.0)
 
     def turn(self, flow: Hashable, view: View) -> Any:
-        return self.ledger[flow]
+        return self.ledger[flow], self.ledger.number(flow)
 
     def place(self, request: Request, view: View, since: float) -> Place:
         below = self.order.place(request, view, since)

@@ -8,11 +8,13 @@
 """
 
 from . import traces, workloads
+from .bootstrap import Interval
+from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
 from .report import Report, Slo, WorkerLoad
 from .sequence import EngineSettings
 from .simulator import Crash, Simulator
-from .study import Capacity, Comparison, Interval, capacities, capacity, compare
+from .study import Comparison, compare
 from .worker import ModelWorker
 from .workload import Job, Workload
 

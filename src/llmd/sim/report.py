@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..types import WorkerId
 from ..view import Floats, Ints, Mask
+from .tables import html_table, name_of, table_lines
 
 if TYPE_CHECKING:
     from .outcome import Outcome
@@ -117,7 +118,7 @@ class Report:
     @classmethod
     def of(cls, simulator: Simulator, workload: Workload) -> Report:
         """Read the report of a run that has ended."""
-        outcomes = [*simulator.outcomes.values()]
+        outcomes = [*simulator.ledger.outcomes.values()]
         ends = [
             engine.model.log[-1][1]
             for engine in simulator.engines.values()
@@ -130,7 +131,7 @@ class Report:
             for engine in simulator.engines.values()
         )
         return cls(
-            policy=repr(simulator.cluster.router),
+            policy=name_of(simulator.cluster.router),
             workload=workload.name,
             workers=loads,
             span_s=end - start,
@@ -340,31 +341,6 @@ class Report:
 
 
 _NO_RUNS: Floats = np.zeros((0, 7))
-
-
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay out a table in text."""
-    cells = [list(head), *[list(row) for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        ).rstrip()
-        for row in cells
-    ]
-    return [lines[0], "  ".join(["-" * width for width in widths]), *lines[1:]]
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table in HTML."""
-    top = "".join([f"<th>{html.escape(cell)}</th>" for cell in head])
-    body = "".join(
-        [
-            "<tr>" + "".join([f"<td>{html.escape(c)}</td>" for c in row]) + "</tr>"
-            for row in rows
-        ]
-    )
-    return f"<table><tr>{top}</tr>{body}</table>"
 
 
 def _load(model: Any, joined_at: float, left_at: float) -> WorkerLoad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import shutil
 import tempfile
 from collections import Counter
@@ -179,6 +180,26 @@ class VllmEngine(Engine):
     async def resume(self) -> None:
         """Go on after `pause`."""
         await self._alive().resume_generation()
+
+    async def sleep(self) -> None:
+        """Move weights to host memory and drop KV: level 1 of vLLM's sleep mode.
+
+        Needs the option `enable_sleep_mode`, and a GPU.  Requests that `pause`
+        froze survive: vLLM computes their KV again once it is awake.
+        """
+        llm = self._alive()
+        if "mode" in inspect.signature(llm.sleep).parameters:
+            await llm.sleep(level=1, mode="keep")
+        else:
+            await llm.pause_generation(mode="keep", clear_cache=True)
+            await llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take the memory back after `sleep`, and stay paused."""
+        llm = self._alive()
+        await llm.wake_up()
+        # Waking resumes; whose turn it is is not for the engine to say.
+        await llm.pause_generation(mode="keep", clear_cache=False)
 
     async def _load(self, worker: WorkerId, report: Callable[[Report], None]) -> None:
         loop = asyncio.get_running_loop()
