@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import statistics
+import threading
 import time
 from multiprocessing.connection import Connection
 
@@ -42,14 +43,26 @@ def open_slab(layout: Layout, blocks: int) -> np.ndarray:
     return array
 
 
-def wait_for_end(transport: NixlTransport, id: TransferId) -> TransferEnded:
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        for report in transport.poll():
-            if isinstance(report, TransferEnded) and report.id == id:
-                return report
-        time.sleep(2e-4)
-    raise TimeoutError(f"{id} never ended; {transport.counts}")
+class Awaited:
+    """Waits for reports; the time of each is when it could be polled."""
+
+    def __init__(self) -> None:
+        self.woken_at: list[float] = []
+        self.woken = threading.Event()
+
+    def wake(self) -> None:
+        self.woken_at.append(time.monotonic())
+        self.woken.set()
+
+    def end(self, transport: NixlTransport, id: TransferId) -> tuple[float, str | None]:
+        while self.woken.wait(30.0):
+            self.woken.clear()
+            at = self.woken_at[0]
+            for report in transport.poll():
+                if isinstance(report, TransferEnded) and report.id == id:
+                    return at, report.error
+            self.woken_at.clear()
+        raise TimeoutError(f"{id} never ended; {transport.counts}")
 
 
 def target_process(pipe: Connection) -> None:
@@ -58,15 +71,17 @@ def target_process(pipe: Connection) -> None:
         layout, blocks, checksums, address = job
         array = open_slab(layout, blocks)
         array[:] = 0
-        with NixlTransport(Slab.of(array, layout), KEY, checksums=checksums) as mine:
+        awaited = Awaited()
+        slab = Slab.of(array, layout)
+        with NixlTransport(slab, KEY, checksums=checksums, wake=awaited.wake) as mine:
             peer = mine.connect(address)
             pipe.send("connected")
             while (wanted := pipe.recv()) is not None:
                 id, order = wanted
+                awaited.woken_at.clear()
                 mine.fetch(Fetch(id=id, peer=peer, blocks=order, early=True))
                 pipe.send("asked")
-                ended = wait_for_end(mine, id)
-                pipe.send((ended.at, ended.error))
+                pipe.send(awaited.end(mine, id))
 
 
 class Pair:
@@ -103,10 +118,10 @@ class Pair:
                 self.pipe.send((id, rng.permutation(blocks)[:count].tolist()))
                 assert self.receive() == "asked"
                 time.sleep(5e-4)  # the early fetch gets there; both ends are awake
-                begun = time.monotonic()
-                mine.offer(Offer(id=id, blocks=source, ready=not layer_s))
-                for layer in range(layout.layers if layer_s else 0):
-                    time.sleep(layer_s)  # what the model would compute meanwhile
+                mine.offer(Offer(id=id, blocks=source, ready=False))
+                for layer in range(layout.layers):
+                    if layer_s:
+                        time.sleep(layer_s)  # what the model would compute meanwhile
                     begun = time.monotonic()
                     mine.ready(id, layer)
                 at, error = self.receive()

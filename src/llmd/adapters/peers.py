@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any
 
 import attrs
-import zmq
 import zmq.asyncio
+from zmq.constants import SocketOption, SocketType
 
 from ..cluster import Cluster
 from ..events import Event, PeerReported
@@ -113,14 +113,12 @@ class PeerExchange:
 
     async def __aenter__(self) -> PeerExchange:
         self._context = zmq.asyncio.Context()
-        self._publisher = self._context.socket(zmq.SocketType.PUB)
-        self._publisher.setsockopt(zmq.SocketOption.SNDHWM, _QUEUED)
+        self._publisher = self._context.socket(SocketType.PUB)
+        self._publisher.setsockopt(SocketOption.SNDHWM, _QUEUED)
         self._publisher.bind(self.bind)
-        self.endpoint = self._publisher.getsockopt_string(
-            zmq.SocketOption.LAST_ENDPOINT
-        )
-        self._subscriber = self._context.socket(zmq.SocketType.SUB)
-        self._subscriber.setsockopt(zmq.SocketOption.RCVHWM, _QUEUED)
+        self.endpoint = self._publisher.getsockopt_string(SocketOption.LAST_ENDPOINT)
+        self._subscriber = self._context.socket(SocketType.SUB)
+        self._subscriber.setsockopt(SocketOption.RCVHWM, _QUEUED)
         self._subscriber.subscribe(b"")
         for peer in self.peers:
             self.listen(peer)

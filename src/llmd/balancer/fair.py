@@ -55,7 +55,9 @@ class Fair(Over, abc.ABC):
         return self.weights.get(tenant, 1.0)
 
     def turn(self, flow: Hashable, view: View) -> Any:
-        return self.ledger[flow]
+        # Whom a return lifted level with a flood goes before it.
+        ledger = self.ledger
+        return ledger[flow], not ledger.fresh(flow), ledger.number(flow)
 
     def place(self, request: Request, view: View, since: float) -> Place:
         below = self.order.place(request, view, since)

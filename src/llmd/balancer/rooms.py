@@ -44,7 +44,8 @@ class Room(Listener, abc.ABC):
 class FixedRoom(Room):
     """Fixed limits on the requests and tokens that run on a worker.
 
-    An idle worker always has room.
+    An idle worker always has room, and one with no prompt under way has room
+    for a prompt of any length.
 
     Attributes:
         requests: Running at once, at most; None for what it batches.
@@ -69,8 +70,10 @@ class FixedRoom(Room):
             tokens = workers.context_tokens + request.prompt_tokens
             room = room & (tokens <= self.kv_usage * share * workers.kv_tokens)
         if self.prefill_tokens < math.inf:
-            tokens = workers.prefill_tokens + view.uncached_tokens(request)
-            room = room & (tokens <= self.prefill_tokens * share)
+            under_way = workers.prefill_tokens
+            tokens = under_way + view.uncached_tokens(request)
+            fits = (under_way == 0) | (tokens <= self.prefill_tokens * share)
+            room = room & fits
         idle: Mask = running == 0
         return room | idle
 

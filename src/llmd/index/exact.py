@@ -13,7 +13,7 @@ from ..view import Ints
 from . import windows
 from .heard import Heard, ago, of_the_worker
 from .holders import Holders, LoggedHolders
-from .hopes import Hopes, steps
+from .hopes import Hopes, grid, tokens_at
 from .interface import PrefixIndex
 from .seats import Rows, Seats, columns
 
@@ -24,7 +24,8 @@ class ExactIndex(PrefixIndex):
 
     From the dispatch of a request until *grace* seconds after its first token
     (twice as long if nothing else happens) its blocks count as stored, since
-    their event is still to come; to be quick, by whole steps of 256 tokens only.
+    their event is still to come; beyond the first 256 tokens by whole steps of
+    256, to be quick.
 
     Match takes O(distinct depths * log blocks) after hashing, and O(blocks) for
     each worker with sliding windows.  Memory is about 100 bytes a block, however
@@ -186,10 +187,10 @@ class ExactIndex(PrefixIndex):
         closed = bits & ~sum(self._windows) if self._windows else bits
         depths = rows.depths(fast.depths(hashes, closed), tokens)
         if len(self._hopes.holders):
-            step, hoped = steps(request, tokens)
-            found = self._hopes.holders.depths(hoped, bits)
+            found = self._hopes.holders.depths(grid(request, tokens), bits)
             if found:
-                np.maximum(depths, rows.depths(found, step), out=depths)
+                hoped = [(mask, tokens_at(depth, tokens)) for mask, depth in found]
+                np.maximum(depths, rows.depths(hoped, 1), out=depths)
         held = columns(depths)
         return (
             self._slower(hashes, rows, tokens, closed, held) if self._tiered else held

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import attrs
+import numpy as np
 
 from ..blocks import Hashes
 from ..types import Request, WorkerId
@@ -24,9 +25,10 @@ class _Hope:
 
 @attrs.define(eq=False)
 class Hopes:
-    """What requests in flight will leave behind, by whole steps of 256 tokens.
+    """What requests in flight will leave behind.
 
-    Coarse, so that an arrival pays for 32 names of an 8k prompt and not 512.
+    Every block of a prompt's first 256 tokens counts, then every 256 tokens:
+    coarse, so that an arrival pays for 47 names of an 8k prompt and not 512.
     Bounded by the requests in flight and those that settled a moment ago.
     """
 
@@ -38,7 +40,7 @@ class Hopes:
 
     def add(self, worker: WorkerId, bit: int, request: Request, tokens: int) -> None:
         """Hope that *worker* will hold *request*, in blocks of *tokens* tokens."""
-        names = steps(request, tokens)[1].tolist()
+        names = grid(request, tokens).tolist()
         if not names:
             return
         hope = _Hope(bit, names)
@@ -78,13 +80,25 @@ class Hopes:
             assert all(find(name, 0) & bit for name in names), "a hope does not count"
 
 
-def steps(request: Request, block_tokens: int) -> tuple[int, Hashes]:
-    """Return the tokens of a step and the prefixes that end with one.
+def grid(request: Request, block_tokens: int) -> Hashes:
+    """Return the prefixes that are hoped for, each a prefix of the next.
 
-    >>> request = Request(id="r", prompt=range(300))
-    >>> tokens, names = steps(request, 16)
-    >>> tokens, len(names), bool(names[0] == request.hashes(16)[15])
-    (256, 1, True)
+    >>> request = Request(id="r", prompt=range(600))
+    >>> names = grid(request, 16)
+    >>> [tokens_at(depth, 16) for depth in (1, 16, len(names))]
+    [16, 256, 512]
+    >>> bool(names[-1] == request.hashes(16)[31])
+    True
     """
-    stride = max(STEP_TOKENS // block_tokens, 1)
-    return stride * block_tokens, request.hashes(block_tokens)[stride - 1 :: stride]
+    hashes = request.hashes(block_tokens)
+    fine = max(STEP_TOKENS // block_tokens, 1)
+    if len(hashes) < 2 * fine:
+        return hashes[:fine]
+    return np.concatenate((hashes[:fine], hashes[2 * fine - 1 :: fine]))
+
+
+def tokens_at(depth: int, block_tokens: int) -> int:
+    """Return the tokens of the prefix at *depth*, from 1, of a `grid`."""
+    fine = max(STEP_TOKENS // block_tokens, 1)
+    coarse = max(depth - fine, 0)
+    return block_tokens * (depth - coarse + coarse * fine)

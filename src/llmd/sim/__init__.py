@@ -12,6 +12,7 @@ from .bootstrap import Interval
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
 from .report import Report, Slo, WorkerLoad
+from .rollout import Rollout
 from .sequence import EngineSettings
 from .simulator import Crash, Simulator
 from .study import Comparison, compare
@@ -27,6 +28,7 @@ __all__ = [
     "Job",
     "ModelWorker",
     "Report",
+    "Rollout",
     "Simulator",
     "Slo",
     "WorkerLoad",

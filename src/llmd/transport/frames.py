@@ -12,6 +12,7 @@ forged without the key nor replayed into another connection.
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import hmac
 import struct
@@ -74,7 +75,7 @@ class Frame:
     values: Words = attrs.field(default=_NOTHING)
     text: bytes = b""
 
-    @property
+    @functools.cached_property
     def id(self) -> TransferId:
         """The transfer it is about."""
         return TransferId(self.request, self.generation)

@@ -49,11 +49,15 @@ class Outgoing:
     error: str | None = None
     flying: dict[int, Piece] = attrs.field(factory=dict)
     retransmitted_blocks: int = 0
-    _first: int = 0
+    _source: Blocks = attrs.field(init=False)
     _target: Blocks = attrs.field(factory=lambda: np.empty(0, dtype=np.int64))
     _ready: set[int] = attrs.field(factory=set)
     _queue: deque[Piece] = attrs.field(factory=deque)
     _left: NDArray[np.bool_] | None = None
+    _missing: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self._source = np.array(self.offer.blocks, dtype=np.int64)
 
     def ask(self, peer: PeerId, frame: Frame, piece_blocks: int) -> str | None:
         """Take in what the peer wants; return why it cannot be, if so."""
@@ -62,9 +66,10 @@ class Outgoing:
             return (
                 f"{wanted} blocks from {frame.start} on, {len(self.offer.blocks)} are"
             )
-        self.peer, self._first = peer, frame.start
+        self.peer, self._source = peer, self._source[frame.start :]
         self._target = frame.values.astype(np.int64)
         self._left = np.ones((self.layers, wanted), dtype=np.bool_)
+        self._missing = self.layers * wanted
         ready = range(self.layers) if self.offer.ready else sorted(self._ready)
         for layer in ready:
             self._cut(layer, piece_blocks)
@@ -87,10 +92,7 @@ class Outgoing:
         assert self.peer is not None, "a piece was cut before anybody asked"
         self.flying[token] = piece
         stop = piece.start + piece.blocks
-        source = np.array(
-            self.offer.blocks[self._first + piece.start : self._first + stop],
-            dtype=np.int64,
-        )
+        source = self._source[piece.start : stop]
         # Without checksums the length alone says how many blocks came.
         words = np.zeros(piece.blocks, dtype=np.uint64)
         if sums is not None:
@@ -113,7 +115,9 @@ class Outgoing:
             return
         if frame.kind is Kind.ACK:
             stop = frame.start + int(frame.values[0])
-            self._left[frame.layer, frame.start : stop] = False
+            left = self._left[frame.layer, frame.start : stop]
+            self._missing -= int(np.count_nonzero(left))
+            left[:] = False
             return
         if frame.attempt + 1 >= max_attempts:
             self.error = f"blocks arrived damaged {max_attempts} times"
@@ -128,8 +132,13 @@ class Outgoing:
         """Nothing of it is in flight or will be."""
         if self.flying:
             return False
-        done = self._left is not None and not self._left.any()
+        done = self._left is not None and not self._missing
         return done or self.error is not None
+
+    @property
+    def eager(self) -> bool:
+        """There is something to write."""
+        return bool(self._queue) and self.error is None
 
     def _cut(self, layer: int, piece_blocks: int) -> None:
         wanted = len(self._target)
@@ -152,6 +161,7 @@ class Sources:
     _early: dict[TransferId, tuple[PeerId, Frame, float]] = attrs.field(factory=dict)
     _aborted: dict[TransferId, None] = attrs.field(factory=dict)
     _tokens: count[int] = attrs.field(factory=count)
+    _eager: dict[TransferId, Outgoing] = attrs.field(factory=dict)
 
     def offer(self, offer: Offer, now: float) -> None:
         """Begin an offer; serve who asked for it early."""
@@ -166,6 +176,7 @@ class Sources:
         outgoing = self.offers.get(id)
         if outgoing is not None and 0 <= layer < self.layers:
             outgoing.ready(layer, self.piece_blocks)
+            self._note(outgoing)
 
     def ask(self, peer: PeerId, frame: Frame, now: float) -> None:
         """Serve a peer, or tell it why not."""
@@ -183,6 +194,7 @@ class Sources:
             why_not = outgoing.ask(peer, frame, self.piece_blocks)
             if why_not is not None:
                 self._refuse(peer, frame.id, why_not)
+            self._note(outgoing)
         elif outgoing.peer != peer:
             self._refuse(peer, frame.id, "fetched by another peer")
 
@@ -196,6 +208,7 @@ class Sources:
         outgoing.answered(frame, self.settings.max_attempts)
         if outgoing.error is not None and before is None:
             self._ended(outgoing, now)
+        self._note(outgoing)
         self._settle(outgoing, now)
 
     def abort(self, peer: PeerId, frame: Frame, now: float) -> None:
@@ -256,19 +269,18 @@ class Sources:
 
     def pump(self) -> None:
         """Put pieces in flight while there is room, one of each offer in turn."""
-        room = self.settings.writes_in_flight - len(self.flying)
-        while room > 0:
-            before = room
-            for outgoing in list(self.offers.values()):
-                piece = outgoing.next_piece() if room > 0 else None
-                if piece is not None:
-                    token = next(self._tokens)
-                    self.flying[token] = outgoing
-                    write = outgoing.write(token, piece, self.sums)
-                    self.outbox.effects.append(write)
-                    room -= 1
-            if room == before:
-                return
+        eager = self._eager
+        while eager and len(self.flying) < self.settings.writes_in_flight:
+            id = next(iter(eager))
+            outgoing = eager.pop(id)
+            piece = outgoing.next_piece()
+            if piece is None:
+                continue
+            token = next(self._tokens)
+            self.flying[token] = outgoing
+            self.outbox.effects.append(outgoing.write(token, piece, self.sums))
+            if outgoing.eager:
+                eager[id] = outgoing  # behind the others
 
     def _settle(self, outgoing: Outgoing, now: float) -> None:
         """Free an offer that is over."""
@@ -276,6 +288,7 @@ class Sources:
         if not outgoing.over or self.offers.get(id) is not outgoing:
             return
         del self.offers[id]
+        self._eager.pop(id, None)
         if outgoing.error is None:
             self._ended(outgoing, now)
         elif outgoing.peer is not None:
@@ -290,6 +303,10 @@ class Sources:
             outgoing.error,
             outgoing.retransmitted_blocks,
         )
+
+    def _note(self, outgoing: Outgoing) -> None:
+        if outgoing.eager:
+            self._eager.setdefault(outgoing.offer.id, outgoing)
 
     def _bury(self, id: TransferId) -> None:
         self._aborted[id] = None

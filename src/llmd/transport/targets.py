@@ -11,6 +11,8 @@ from .frames import Frame, Kind, about
 from .interface import Fetch, PeerId, Side, TransferId
 from .outbox import Blocks, Outbox, Settings, Sums
 
+_NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
 
 @attrs.define(eq=False)
 class Incoming:
@@ -37,11 +39,13 @@ class Incoming:
     damaged_blocks: int = 0
     _blocks: Blocks = attrs.field(init=False)
     _due: NDArray[np.int16] = attrs.field(init=False)
+    _missing: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._blocks = np.array(self.fetch.blocks, dtype=np.int64)
         # The attempt that is expected of each block, -1 once it is right.
         self._due = np.zeros((self.layers, len(self._blocks)), dtype=np.int16)
+        self._missing = self._due.size
 
     def take(self, frame: Frame, sums: Sums | None) -> NDArray[np.int64] | None:
         """Check what DATA says has arrived.
@@ -53,20 +57,24 @@ class Incoming:
         if frame.layer >= self.layers or span.stop > len(self._blocks):
             return None
         due = self._due[frame.layer, span]
-        if not len(due) or (due != frame.attempt).any():
+        if not len(due) or not (due == frame.attempt).all():
             return None
-        if sums is None:
-            due[:] = -1
-            return np.empty(0, dtype=np.int64)
-        wrong = sums(frame.layer, self._blocks[span]) != frame.values
-        due[:] = np.where(wrong, frame.attempt + 1, -1)
-        self.damaged_blocks += int(wrong.sum())
-        return np.flatnonzero(wrong) + frame.start
+        if sums is not None:
+            wrong = sums(frame.layer, self._blocks[span]) != frame.values
+            if wrong.any():
+                due[:] = np.where(wrong, frame.attempt + 1, -1)
+                damaged = np.flatnonzero(wrong) + frame.start
+                self.damaged_blocks += len(damaged)
+                self._missing -= len(due) - len(damaged)
+                return damaged
+        due[:] = -1
+        self._missing -= len(due)
+        return _NONE
 
     @property
     def complete(self) -> bool:
         """Every block of every layer is right."""
-        return bool((self._due < 0).all())
+        return not self._missing
 
 
 @attrs.define(eq=False)
@@ -200,7 +208,10 @@ class Targets:
 
     def _acknowledge(self, peer: PeerId, frame: Frame, start: int, blocks: int) -> None:
         values = np.array([blocks], dtype=np.uint64)
-        ack = attrs.evolve(frame, kind=Kind.ACK, start=start, values=values, text=b"")
+        layer, attempt = frame.layer, frame.attempt
+        ack = Frame(
+            Kind.ACK, frame.request, frame.generation, layer, attempt, start, values
+        )
         self.outbox.send(peer, ack)
 
     def _stop(self, incoming: Incoming, now: float) -> None:

@@ -59,6 +59,8 @@ class Carrier:
         from nixl._api import nixl_agent, nixl_agent_config
 
         slab, endpoint = self.slab, self.endpoint
+        if slab.enter is not None:
+            slab.enter()
         config = nixl_agent_config(enable_prog_thread=False)
         self._agent = nixl_agent(endpoint.id, config)
         self._registered = self._agent.register_memory(slab.regions(), slab.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -26,6 +27,8 @@ class Slab:
         device: Which GPU, for VRAM.
         sums: Checksums of blocks of a layer; None if there is no way to read
             the memory from here.
+        enter: Called once in the thread that carries blocks, before anything
+            else; a GPU's context must be current there.
         owner: Kept alive as long as the slab.
 
     >>> layout = Layout(model="m", dtype="u8", layers=2, block_tokens=1,
@@ -41,6 +44,7 @@ class Slab:
     memory: str = "DRAM"
     device: int = 0
     sums: Sums | None = None
+    enter: Callable[[], object] | None = None
     owner: Any = attrs.field(default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:

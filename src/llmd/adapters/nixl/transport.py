@@ -203,17 +203,17 @@ class NixlTransport(KVTransport):
         self._carrier.carry()
         reports = drain(self._endpoint)
         if reports:
-            self._counts = held(self._endpoint)
             self._reports.extend(reports)
             if self._wake is not None:
                 self._wake()
+            self._counts = held(self._endpoint)
         return moved
 
     def _tick(self, now: float) -> None:
         self._endpoint.tick(now)
         self._counts = held(self._endpoint)
         if self._path is None and self._carrier.written and self._paths is not None:
-            self._path = self._paths.write_path()
+            self._path = self._paths.write_path(self._slab.memory)
             if self._path is not None and self._path.slow:
                 _log.warning(
                     "blocks go over %s: %s",
