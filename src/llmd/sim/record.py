@@ -46,8 +46,8 @@ class Recorder:
     >>> cluster = Cluster(observer=Recorder(file))
     >>> cluster.handle(e.WorkerJoined(0.0, Worker(id="a")))
     []
-    >>> [line[:9] for line in file.getvalue().splitlines()]
-    ['{"llmd_re', '{"event":']
+    >>> len(file.getvalue().splitlines())
+    2
     """
 
     file: TextIO

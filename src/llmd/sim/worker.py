@@ -53,8 +53,8 @@ class ModelWorker:
     >>> request = Request(id="r", prompt=range(100))
     >>> end = model.submit(Sequence(request, None, 1, []), now=0.0)
     >>> model.finish(end)
-    >>> [type(event).__name__ for event in model.take()]
-    ['FirstToken', 'RequestEnded']
+    >>> " ".join(type(event).__name__ for event in model.take())
+    'FirstToken RequestEnded'
     """
 
     worker: Worker
