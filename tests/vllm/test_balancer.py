@@ -119,6 +119,26 @@ async def test_cancelled_clients_leave_nothing(server):
     assert await ask(server, "after") is not None
 
 
+async def test_sheddable_prompts_make_place_on_the_engines(server, sent):
+    server.cluster.balancer = shallow(b.Bands([b.Fcfs(), b.Fcfs()]))
+    before = server.counts["requeued"]
+    batch = [
+        asyncio.create_task(
+            ask(server, f"shed{n}", prompt=900, priority=1, sheddable=True)
+        )
+        for n in range(2 * PLACES)
+    ]
+    await asyncio.sleep(0)  # all are dispatched, none has streamed
+    assert len(server.cluster.books) == 2 * PLACES
+    async with asyncio.timeout(60):
+        assert isinstance(await ask(server, "hurry", priority=0), float)
+        assert sent.index("hurry") == 2 * PLACES
+        first = await asyncio.gather(*batch)
+    assert all(isinstance(seconds, float) for seconds in first)
+    assert server.counts["requeued"] == before + 1
+    await settled(server)
+
+
 async def capacity(server, seconds=4.0):
     """Return the requests a second of as many clients as there are places."""
     loop, done = asyncio.get_running_loop(), 0
