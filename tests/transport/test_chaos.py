@@ -18,10 +18,10 @@ pytest.importorskip("xxhash")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import peer as p  # noqa: E402
+import peer as p
 
-from llmd.errors import TransferError  # noqa: E402
-from llmd.transport import (  # noqa: E402
+from llmd.errors import TransferError
+from llmd.transport import (
     BlocksFreed,
     Fetch,
     Offer,
@@ -103,8 +103,8 @@ class Chaos:
 def test_every_hand_off_ends_and_nothing_is_held(seed):
     rng = random.Random(seed)
     chaos = Chaos(rng)
-    faults = {at: "kill" for at in rng.sample(range(50, HAND_OFFS), KILLS)}
-    faults |= {at: "stop" for at in rng.sample(range(50, HAND_OFFS), STOPS)}
+    faults = dict.fromkeys(rng.sample(range(50, HAND_OFFS), KILLS), "kill")
+    faults |= dict.fromkeys(rng.sample(range(50, HAND_OFFS), STOPS), "stop")
     try:
         for number in range(HAND_OFFS):
             chaos.start(number)
