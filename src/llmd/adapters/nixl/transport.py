@@ -222,9 +222,10 @@ class NixlTransport(KVTransport):
     def _tick(self, now: float) -> None:
         self._endpoint.tick(now)
         self._counts = held(self._endpoint)
-        if self._path is None and self._carrier.written and self._looks:
+        look = self._carrier.written and self._looks > 0
+        if self._path is None and self._paths is not None and look:
             self._looks -= 1
-            self._path = self._paths and self._paths.write_path(self._slab.memory)
+            self._path = self._paths.write_path(self._slab.memory)
             if self._path is not None and self._path.slow:
                 _log.warning(
                     "blocks go over %s: %s",
