@@ -28,9 +28,9 @@ def target():
     return end
 
 
-def data(target, layer, **changes):
-    sums = target.sums(layer, layer + 1, np.array([2, 3]))
-    frame = Frame(Kind.DATA, "r", 1, layer, values=sums, blocks=2)
+def data(target, of_layer, **changes):
+    sums = target.sums(of_layer, of_layer + 1, np.array([2, 3]))
+    frame = Frame(Kind.DATA, "r", 1, of_layer, values=sums, blocks=2)
     return attrs.evolve(frame, **changes).seal(KEY, "s", "t")
 
 
