@@ -9,19 +9,35 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from .frames import Frame, Kind, about
+from .frames import Frame, Kind, Words, about
 from .interface import Offer, PeerId, Side, TransferId
 from .outbox import Blocks, Outbox, Settings, Sums, Write
+
+_NO_SUMS: Words = np.empty(0, dtype=np.uint64)
 
 
 @attrs.frozen
 class Piece:
-    """A run of blocks of one layer, written at once."""
+    """A run of blocks of some layers, written at once."""
 
     layer: int
     start: int
     blocks: int
     attempt: int = 0
+    layers: int = 1
+
+    def then(self, other: Piece, piece_blocks: int) -> Piece | None:
+        """Return both as one, if *other* is the same run of the next layer."""
+        adjacent = other.layer == self.layer + self.layers
+        alike = (self.start, self.blocks, self.attempt) == (
+            other.start,
+            other.blocks,
+            other.attempt,
+        )
+        layers = self.layers + other.layers
+        if adjacent and alike and layers * self.blocks <= piece_blocks:
+            return attrs.evolve(self, layers=layers)
+        return None
 
 
 @attrs.define(eq=False)
@@ -83,9 +99,18 @@ class Outgoing:
         if self._left is not None:
             self._cut(layer, piece_blocks)
 
-    def next_piece(self) -> Piece | None:
-        """Return what to write next, if anything may be."""
-        return self._queue.popleft() if self._queue and self.error is None else None
+    def next_piece(self, piece_blocks: int) -> Piece | None:
+        """Return what to write next, as much as may be at once, if anything."""
+        if not self.eager:
+            return None
+        piece = self._queue.popleft()
+        while self._queue:
+            more = piece.then(self._queue[0], piece_blocks)
+            if more is None:
+                break
+            piece = more
+            self._queue.popleft()
+        return piece
 
     def write(self, token: int, piece: Piece, sums: Sums | None) -> Write:
         """Put a piece in flight."""
@@ -93,10 +118,9 @@ class Outgoing:
         self.flying[token] = piece
         stop = piece.start + piece.blocks
         source = self._source[piece.start : stop]
-        # Without checksums the length alone says how many blocks came.
-        words = np.zeros(piece.blocks, dtype=np.uint64)
+        words = _NO_SUMS
         if sums is not None:
-            words = sums(piece.layer, source)
+            words = sums(piece.layer, piece.layer + piece.layers, source)
         frame = Frame(
             Kind.DATA,
             self.offer.id.request,
@@ -105,27 +129,40 @@ class Outgoing:
             piece.attempt,
             piece.start,
             words,
+            layers=piece.layers,
+            blocks=piece.blocks,
         )
         target = self._target[piece.start : stop]
-        return Write(token, self.peer, piece.layer, source, target, frame)
+        return Write(token, self.peer, piece.layer, piece.layers, source, target, frame)
 
     def answered(self, frame: Frame, max_attempts: int) -> None:
         """Take in an ACK or a NACK."""
-        if self._left is None or frame.layer >= self.layers:
+        if self._left is None or frame.layer + frame.layers > self.layers:
             return
-        if frame.kind is Kind.ACK:
-            stop = frame.start + int(frame.values[0])
-            left = self._left[frame.layer, frame.start : stop]
-            self._missing -= int(np.count_nonzero(left))
-            left[:] = False
-            return
-        if frame.attempt + 1 >= max_attempts:
+        rows = slice(frame.layer, frame.layer + frame.layers)
+        left = self._left[rows, frame.start : frame.start + frame.blocks]
+        if frame.kind is Kind.NACK and frame.attempt + 1 >= max_attempts:
             self.error = f"blocks arrived damaged {max_attempts} times"
             return
-        for start, stop in _runs(frame.values):
-            piece = Piece(frame.layer, start, stop - start, frame.attempt + 1)
-            self._queue.appendleft(piece)
-            self.retransmitted_blocks += piece.blocks
+        again = np.zeros(left.shape, dtype=np.bool_)
+        if frame.kind is Kind.NACK:
+            again.flat[frame.values.astype(np.int64)] = True
+            self._again(frame, again)
+        self._missing -= int(np.count_nonzero(left & ~again))
+        left &= again
+
+    def _again(self, frame: Frame, damaged: NDArray[np.bool_]) -> None:
+        """Queue damaged blocks, (layers, blocks), once more, ahead of others."""
+        for row, column in enumerate(damaged):
+            for start, stop in _runs(np.flatnonzero(column)):
+                piece = Piece(
+                    frame.layer + row,
+                    frame.start + start,
+                    stop - start,
+                    frame.attempt + 1,
+                )
+                self._queue.appendleft(piece)
+                self.retransmitted_blocks += piece.blocks
 
     @property
     def over(self) -> bool:
@@ -273,7 +310,7 @@ class Sources:
         while eager and len(self.flying) < self.settings.writes_in_flight:
             id = next(iter(eager))
             outgoing = eager.pop(id)
-            piece = outgoing.next_piece()
+            piece = outgoing.next_piece(self.piece_blocks)
             if piece is None:
                 continue
             token = next(self._tokens)
@@ -317,10 +354,9 @@ class Sources:
         self.outbox.send(peer, about(Kind.FAIL, id, reason))
 
 
-def _runs(positions: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Return the (start, stop) of each run of consecutive *positions*."""
+def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the (start, stop) of each run of consecutive *positions*, sorted."""
     if not len(positions):
         return []
-    ordered = np.sort(positions).astype(np.int64)
-    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(ordered, breaks)]
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks)]
