@@ -43,7 +43,7 @@ def main() -> None:
         load = load.at_rate(12.0)
     else:
         load = workloads.shared_prefix(
-            rate=30.0, requests=options.requests, groups=60, answer_tokens=200
+            rate=45.0, requests=options.requests, groups=150, answer_tokens=200
         )
     study = compare(
         POLICIES, load, seeds=options.seeds, slo=SLO, workers=8, jobs=options.jobs
