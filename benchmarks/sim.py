@@ -28,6 +28,7 @@ from llmd.machines import H100, H200, Machine
 from llmd.machines.shape import LLAMA31_8B, Shape
 from llmd.router import rivals
 from llmd.sim import (
+    EngineSettings,
     Slo,
     Workload,
     capacities,
