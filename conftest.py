@@ -1,4 +1,4 @@
-"""Modules that exist only inside an engine's process are collected where there is one."""
+"""Collect modules of an engine's process only where there is an engine."""
 
 from importlib.util import find_spec
 

@@ -187,10 +187,8 @@ async def _in_turns(tokens: int, workers: int) -> tuple[float, float]:
         for _ in range(ROUNDS // 4):
             ours.arrive()
             await theirs.arrive()
-        pairs = []
         with no_collection():
-            for _ in range(ROUNDS):
-                pairs.append((ours.arrive(), await theirs.arrive()))
+            pairs = [(ours.arrive(), await theirs.arrive()) for _ in range(ROUNDS)]
     finally:
         theirs.stop()
     return statistics.median(a for a, _ in pairs), statistics.median(

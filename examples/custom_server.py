@@ -14,12 +14,12 @@ import sys
 
 import httpx
 import uvicorn
-from llmd.adapters.vllm.remote import RemoteEngine
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import llmd
+from llmd.adapters.vllm.remote import RemoteEngine
 from llmd.live import Server
 
 _names = (f"ask-{number}" for number in itertools.count())

@@ -88,8 +88,9 @@ class Asked:
         self.count = 0
 
     async def __call__(self, engine, ids, tokens, transfer=None):
-        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+
+        from vllm import SamplingParams
 
         self.count += 1
         params = SamplingParams(
@@ -101,10 +102,9 @@ class Asked:
         )
         begun, first, last = time.perf_counter(), None, None
         async with asyncio.timeout(60):
-            async for last in engine.generate(
-                TokensPrompt(prompt_token_ids=ids), params, f"r{self.count}"
-            ):
-                first = first or time.perf_counter() - begun
+            prompt = TokensPrompt(prompt_token_ids=ids)
+            async for piece in engine.generate(prompt, params, f"r{self.count}"):
+                first, last = first or time.perf_counter() - begun, piece
         return first, list(last.outputs[0].token_ids), last.kv_transfer_params
 
 

@@ -27,7 +27,10 @@ import threading
 import time
 import traceback
 
-BLOCKS, BLOCK_BYTES, LAYERS = 4096, 1 << 16, 16
+# "cpu" tries everything but CUDA on a machine without a GPU; its figures say nothing.
+DEVICE = os.environ.get("LLMD_DEVICE", "cuda")
+MEMORY = "VRAM" if DEVICE == "cuda" else "DRAM"
+BLOCKS, BLOCK_BYTES, LAYERS = 4096 if DEVICE == "cuda" else 512, 1 << 16, 16
 BYTES = BLOCKS * BLOCK_BYTES
 PER_LAYER = BLOCKS // LAYERS
 ROUNDS, WARM_UP = 7, 2
@@ -42,25 +45,26 @@ class End:
         import torch
 
         self.torch, self.role, self.pipe = torch, role, pipe
-        torch.cuda.init()
+        if DEVICE == "cuda":
+            torch.cuda.init()
         order = random.Random(7)
         self.source = self._pick(order)
         self.target = self._pick(order)
         shape = (LAYERS, 2 * PER_LAYER, BLOCK_BYTES)
-        generator = torch.Generator("cuda").manual_seed(3)
+        generator = torch.Generator(DEVICE).manual_seed(3)
         filled = torch.randint(
-            0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator
+            0, 256, shape, dtype=torch.uint8, device=DEVICE, generator=generator
         )
-        index = torch.tensor(self.source, device="cuda")
+        index = torch.tensor(self.source, device=DEVICE)
         # What must be there in the end; both processes draw the same bytes.
         self.wanted = filled[:, index].clone() if role == "target" else None
         self.pool = filled if role == "source" else torch.zeros_like(filled)
         self.stage = torch.empty(
-            (LAYERS, PER_LAYER, BLOCK_BYTES), dtype=torch.uint8, device="cuda"
+            (LAYERS, PER_LAYER, BLOCK_BYTES), dtype=torch.uint8, device=DEVICE
         )
         mine = self.source if role == "source" else self.target
-        self.index = torch.tensor(mine, dtype=torch.int64, device="cuda")
-        torch.cuda.synchronize()
+        self.index = torch.tensor(mine, dtype=torch.int64, device=DEVICE)
+        self.sync()
 
     @staticmethod
     def _pick(order):
@@ -75,10 +79,19 @@ class End:
         return self.pipe.recv()
 
     def sync(self):
-        self.torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            self.torch.cuda.synchronize()
+
+    def mark(self):
+        """Return what waits for all kernels so far."""
+        if DEVICE != "cuda":
+            return lambda: None
+        event = self.torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def right(self):
-        index = self.torch.tensor(self.target, device="cuda")
+        index = self.torch.tensor(self.target, device=DEVICE)
         same = bool((self.pool[:, index] == self.wanted).all().item())
         self.pool.zero_()
         self.sync()
@@ -87,12 +100,14 @@ class End:
 
 def kernels(end):
     """Return gather(layers) and scatter(layers), one kernel over those layers."""
+    if DEVICE != "cuda":
+        return torch_moves(end)
     from llmd.adapters.nixl.kernels import move
 
     torch = end.torch
     words = BLOCK_BYTES // 8
     bases = torch.tensor(
-        [layer.data_ptr() for layer in end.pool], dtype=torch.int64, device="cuda"
+        [layer.data_ptr() for layer in end.pool], dtype=torch.int64, device=DEVICE
     )
     staged = end.stage.view(torch.int64)
 
@@ -135,7 +150,7 @@ def agents(end, threads=0, pool=False):
         end.role, nixl_agent_config(enable_prog_thread=False, num_threads=threads)
     )
     memory = end.pool if pool else end.stage
-    agent.register_memory([(memory.data_ptr(), memory.numel(), 0, "")], "VRAM")
+    agent.register_memory([(memory.data_ptr(), memory.numel(), 0, "")], MEMORY)
     end.tell(agent.get_agent_metadata(), memory.data_ptr())
     metadata, there = end.hear()
     name = agent.add_remote_agent(metadata)
@@ -145,7 +160,7 @@ def agents(end, threads=0, pool=False):
 
 def listed(agent, name, base, piece_bytes, pieces):
     rows = [(base + i * piece_bytes, piece_bytes, 0) for i in range(pieces)]
-    return agent.prep_xfer_dlist(name, agent.get_xfer_descs(rows, "VRAM"))
+    return agent.prep_xfer_dlist(name, agent.get_xfer_descs(rows, MEMORY))
 
 
 class Notes:
@@ -187,11 +202,10 @@ def staged(end, moves, pieces):
             events = []
             for i in range(pieces):
                 gather(i * part, (i + 1) * part)
-                events.append(end.torch.cuda.Event())
-                events[-1].record()
+                events.append(end.mark())
             handles = []
             for i, event in enumerate(events):
-                event.synchronize()
+                event()
                 handle = agent.make_prepped_xfer(
                     "WRITE", local, [i], remote, [i], str(i).encode()
                 )
@@ -225,7 +239,7 @@ def mapped(end):
     rebuild, arguments = end.hear()
     theirs = rebuild(*arguments)
     torch = end.torch
-    source = torch.tensor(end.source, device="cuda")
+    source = torch.tensor(end.source, device=DEVICE)
     view, here = theirs.view(torch.int64), end.pool.view(torch.int64)
     for _ in range(ROUNDS + WARM_UP):
         end.tell("ready")
@@ -318,22 +332,27 @@ def llmd(end, checksums, piece_bytes):
         block_tokens=1,
         block_bytes=BLOCK_BYTES,
     )
-    words, side = end.stage.view(end.torch.int64), end.torch.cuda.Stream()
+    words = end.stage.view(end.torch.int64)
+    side = end.torch.cuda.Stream() if DEVICE == "cuda" else None
 
-    def sums(layer, slots):
+    def sums(first, last, slots):
+        if side is None:
+            from llmd.adapters.nixl.slab import xxh3
+
+            return xxh3(end.stage[first:last].numpy(), slots)
         from llmd.adapters.nixl.kernels import sum_of
 
         with end.torch.cuda.stream(side):
-            index = end.torch.from_numpy(slots).to("cuda")
-            return sum_of(words[layer], index).cpu().numpy().view("uint64")
+            index = end.torch.from_numpy(slots).to(DEVICE)
+            return sum_of(words[first:last], index).cpu().numpy().view("uint64").ravel()
 
     slab = Slab(
         layout=layout,
         blocks=PER_LAYER,
         bases=tuple([layer.data_ptr() for layer in end.stage]),
-        memory="VRAM",
+        memory=MEMORY,
         sums=sums,
-        enter=lambda: end.torch.cuda.set_device(0),
+        enter=lambda: side is None or end.torch.cuda.set_device(0),
         owner=end.stage,
     )
     woken = threading.Event()
@@ -341,7 +360,7 @@ def llmd(end, checksums, piece_bytes):
         slab,
         KEY,
         checksums=checksums,
-        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=16),
+        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=8),
         wake=woken.set,
     )
     slots = list(range(PER_LAYER))
@@ -361,10 +380,9 @@ def llmd(end, checksums, piece_bytes):
                 events = []
                 for layer in range(0, LAYERS, 4):
                     gather(layer, layer + 4)
-                    events.append(end.torch.cuda.Event())
-                    events[-1].record()
+                    events.append(end.mark())
                 for layer in range(LAYERS):
-                    events[layer // 4].synchronize()
+                    events[layer // 4]()
                     mine.ready(id, layer)
                 end.tell(begun)
             else:
@@ -393,9 +411,11 @@ def llmd(end, checksums, piece_bytes):
 
 
 VARIANTS = {
-    "llmd, checked": lambda end: llmd(end, True, 1 << 24),
-    "llmd, unchecked": lambda end: llmd(end, False, 1 << 24),
-    "llmd, checked, 4 MiB pieces": lambda end: llmd(end, True, 1 << 22),
+    "llmd, checked": lambda end: llmd(end, True, 1 << 26),
+    "llmd, unchecked": lambda end: llmd(end, False, 1 << 26),
+    "llmd, checked, 16 MiB pieces": lambda end: llmd(end, True, 1 << 24),
+    "llmd, checked, 128 MiB pieces": lambda end: llmd(end, True, 1 << 27),
+    "llmd, unchecked, 256 MiB pieces": lambda end: llmd(end, False, 1 << 28),
     "staged, kernel, 1 piece": lambda end: staged(end, kernels, 1),
     "staged, kernel, 4 pieces": lambda end: staged(end, kernels, 4),
     "staged, kernel, 16 pieces": lambda end: staged(end, kernels, 16),

@@ -1,5 +1,12 @@
 """The rows of the GH200 study."""
 
+from .disaggregated import (
+    kv_transfer,
+    mig_instances,
+    precise_and_pd,
+    selective_pd,
+    two_and_two,
+)
 from .routing import (
     approximate_routing,
     kv_scoring,
@@ -57,11 +64,36 @@ ROWS = [
         "20 concurrent requests, 5 a replica: 1 -> 4 -> 1, none lost, none early",
         autoscaling,
     ),
-    Row(8, "selective P/D", "both branches of the decider on uncached tokens"),
-    Row(9, "KV transfer", "tokens as from an aggregated run"),
-    Row(10, "KV transfer between MIG instances", "detected before it starts"),
-    Row(11, "precise prefix routing + P/D", "one index serves both"),
-    Row(12, "2 prefill + 2 decode", "all four carry traffic"),
+    Row(
+        8,
+        "selective P/D",
+        "under 16 uncached tokens no hand-off: both branches, and a cached prefix",
+        selective_pd,
+    ),
+    Row(
+        9,
+        "KV transfer",
+        "50 prompts of 20-1500 tokens: answers as one engine gives them",
+        kv_transfer,
+    ),
+    Row(
+        10,
+        "KV transfer between MIG instances",
+        "detected before it starts, from recorded answers of the driver",
+        mig_instances,
+    ),
+    Row(
+        11,
+        "precise prefix routing + P/D",
+        "one index serves the scores of both engines and the decider",
+        precise_and_pd,
+    ),
+    Row(
+        12,
+        "2 prefill + 2 decode",
+        "16 at once: all four carry traffic, answers as one engine gives them",
+        two_and_two,
+    ),
 ]
 
 __all__ = ["ROWS", "Row"]

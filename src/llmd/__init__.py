@@ -4,84 +4,8 @@ Needs attrs, numpy and sortedcontainers; engines, servers and plots are in
 `llmd.live`, `llmd.sim` and `llmd.adapters`, imported by name.
 """
 
-from . import commands, errors, events
-from .autoscaler import Autoscaler, TargetConcurrency
-from .balancer import ADMIT, Fcfs, QueueBalancer, Verdict
-from .blocks import Hasher, Prompt
-from .cluster import Cluster
-from .decision import Decision, Explanation, Term
-from .errors import LlmdError
-from .index import BlendedIndex, ExactIndex, GuessedIndex, PrefixIndex
-from .machines import Machine
-from .router import (
-    Blend,
-    Disaggregated,
-    EarliestFirstToken,
-    KVHeadroom,
-    LeastLoaded,
-    LeastWork,
-    PowerOfTwo,
-    PrefixOverlap,
-    QueueDepth,
-    Random,
-    RoundRobin,
-    Router,
-    Score,
-    SessionAffinity,
-    TermRouter,
-    UniformLink,
-)
-from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
-from .view import View, Workers
+from ._face import face
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ADMIT",
-    "Autoscaler",
-    "Blend",
-    "BlendedIndex",
-    "Cluster",
-    "Decision",
-    "Disaggregated",
-    "EarliestFirstToken",
-    "ExactIndex",
-    "Explanation",
-    "Fcfs",
-    "GuessedIndex",
-    "Hasher",
-    "KVHeadroom",
-    "LeastLoaded",
-    "LeastWork",
-    "LlmdError",
-    "Machine",
-    "PowerOfTwo",
-    "PrefixIndex",
-    "PrefixOverlap",
-    "Prompt",
-    "QueueBalancer",
-    "QueueDepth",
-    "Random",
-    "Request",
-    "RequestId",
-    "Role",
-    "RoundRobin",
-    "Router",
-    "Score",
-    "SessionAffinity",
-    "Signals",
-    "State",
-    "TargetConcurrency",
-    "Term",
-    "TermRouter",
-    "Tier",
-    "UniformLink",
-    "Verdict",
-    "View",
-    "Worker",
-    "WorkerId",
-    "Workers",
-    "commands",
-    "errors",
-    "events",
-]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

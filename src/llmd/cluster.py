@@ -9,7 +9,9 @@ whose columns are kept up to date in place.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -79,6 +81,19 @@ class Cluster(Core):
             for command in commands:
                 self.observer(command)
         return commands
+
+    def fork(self) -> Cluster:
+        """Return a twin that goes its own way from here, with no observer.
+
+        It has copies of the policies and of all state, so that what would
+        happen can be tried, in `llmd.sim` for one.  Takes time and memory in
+        proportion to the index and to what is in flight; requests and what
+        workers said of themselves are shared, being frozen.
+        """
+        memo: dict[int, Any] = {id(self.observer): None}
+        # Columns that the view shows must be those that the fleet writes.
+        copy.deepcopy(self.fleet, memo)
+        return copy.deepcopy(self, memo)
 
     def waits(self, id: RequestId) -> bool:
         """Say whether a request waits for a worker."""

@@ -39,6 +39,16 @@ class Fleet:
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._rows
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fleet:
+        # The columns that policies read are views of those written here, which
+        # copying one by one would tear apart.
+        twin = Fleet()
+        twin.columns = {name: column.copy() for name, column in self.columns.items()}
+        twin._show(self.workers.facts, self.workers.states)
+        memo[id(self)] = twin
+        memo[id(self.workers)] = twin.workers
+        return twin
+
     def row(self, worker: WorkerId) -> int | None:
         """Return the worker's row, if it is there."""
         return self._rows.get(worker)

@@ -282,7 +282,7 @@ class PrefixIndexContract(abc.ABC):
 
     def test_a_worker_that_left_is_a_stranger(self) -> None:
         """Late events about it change nothing of the others."""
-        index, ids = self.filled()
+        index, _ = self.filled()
         index.leave("a", 5.0)
         before = index.match(request(), ("b", "c"), 5.0).tolist()
         index.remove("a", request().hashes(16), Tier.GPU, 5.0)

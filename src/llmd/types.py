@@ -113,6 +113,9 @@ class Request:
                 " must be at least 1"
             )
 
+    def __deepcopy__(self, memo: object) -> Request:
+        return self  # Its identity is what it is, and it never changes.
+
     @property
     def prompt_tokens(self) -> int:
         """Length of the prompt."""

@@ -22,6 +22,7 @@ from llmd.autoscaler import (
     Percent,
     Pool,
     Pools,
+    Quantile,
     Rules,
     Select,
     TargetConcurrency,
@@ -418,3 +419,34 @@ def test_an_hpa_looks_only_every_so_often(make_bench):
     assert scaler.target(bench.view) == 1
     bench.wait(1.0)
     assert scaler.target(bench.view) == 4
+
+
+def test_a_quantile_ignores_what_few_requests_saw(make_bench):
+    bench, inner = make_bench(1), Told()
+    scaler = Quantile(policy=inner, part=0.9, window=100.0, max_workers=99)
+
+    def see(wish, arrivals):
+        inner.wish = wish
+        bench.wait(1.0)
+        bench.arrive(arrivals)
+        return scaler.wanted(bench.view)
+
+    assert see(3, 90) == 3
+    assert see(50, 9) == 3  # 9 of 99 requests saw it
+    assert see(50, 9) == 50  # 18 of 108
+    bench.wait(99.5)
+    assert see(2, 100) == 2  # all that is long ago
+    assert see(1, 0) == 2
+
+
+def test_latency_leaves_places_in_the_batches():
+    slo = LatencySlo(ttft=60.0, itl=60.0, fill=0.5, max_workers=64)
+    assert slo.fewest(Load(80, 8000, 0, 10, 100, max_running=16)) == 10
+    assert slo.fewest(Load(80, 8000, 0, 10, 100)) == 1
+
+
+def test_old_prompts_can_be_left_out():
+    load = Load(10, 10_000, 400_000, 1000, 1000)
+    known = {"ttft": 1.0, "itl": 1.0, "max_workers": 64}
+    assert LatencySlo(**known).fewest(load) > 3
+    assert LatencySlo(**known, backlog=False).fewest(load) == 1

@@ -106,7 +106,7 @@ def test_every_request_has_one_end_and_every_token_one_maker(
     assert not view.context_tokens.any()
     assert not len(cluster.view.waiting)
     for engine in simulator.engines.values():
-        engine.model.cache.check()
+        engine.model.kv.cache.check()
 
 
 class Raising(llmd.Router):

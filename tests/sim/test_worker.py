@@ -47,9 +47,8 @@ def drain(model, arrivals, aborts=()):
             at, wake = wake, None
             model.finish(at)
             wake = model.plan(at)
-        model.cache.check()
-        events += model.events
-        model.events = []
+        model.kv.cache.check()
+        events += model.take()
     return events
 
 
@@ -140,7 +139,7 @@ def test_an_abort_frees_everything():
         [(0.0, sequence("a", 5000, output=500)), (0.0, sequence("b", 50, output=900))],
         aborts=[(0.03, "a"), (0.5, "b")],
     )
-    assert model.cache.used_blocks == 0
+    assert model.kv.cache.used_blocks == 0
     assert not model.held
 
 
@@ -180,7 +179,7 @@ def test_advancing_many_steps_at_once_changes_nothing(
         assert one.keys() == other.keys()
         assert [one[id] for id in one] == pytest.approx([other[id] for id in one])
     assert fast.preemptions == slow.preemptions
-    assert fast.cache.used_blocks == slow.cache.used_blocks == 0
+    assert fast.kv.cache.used_blocks == slow.kv.cache.used_blocks == 0
 
 
 @given(requests, st.integers(8, 100), st.integers(23, 60), st.integers(1, 5))
@@ -205,5 +204,5 @@ def test_tokens_and_blocks_are_conserved(plan, step_tokens, blocks, places):
             case e.RequestEnded(request_id=id, error=None):
                 row = int(id[1:])
                 assert generated[id] == plan[row][2]
-    assert held == model.cache.names()
+    assert held == model.kv.cache.names()
     assert np.all(np.diff([run[1] for run in model.log]) > 0)

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import attrs
-import zmq
 import zmq.asyncio
 from zmq.constants import SocketOption, SocketType
 

@@ -12,7 +12,7 @@ from ..recommendation import Proposal
 from ..view import View
 from .followers import _positive
 from .interface import Autoscaler
-from .window import Meter
+from .window import Mean, Meter
 
 
 @attrs.frozen
@@ -20,11 +20,12 @@ class Load:
     """What a fleet bears, summed over its workers.
 
     Attributes:
-        requests: Running and waiting.
+        requests: Running and waiting, mean of the window.
         context_tokens: Of these, those still waiting with their prompts.
         backlog_tokens: Prompt tokens not yet computed.
         prefill_rate: Prompt tokens to compute, a second.
         prompt_tokens: Mean to compute for one request.
+        max_running: Requests that one worker batches at once, mean.
     """
 
     requests: float
@@ -32,6 +33,7 @@ class Load:
     backlog_tokens: float
     prefill_rate: float
     prompt_tokens: float
+    max_running: float = math.inf
 
 
 @attrs.define(kw_only=True)
@@ -52,10 +54,13 @@ class LatencySlo(Autoscaler):
         machine: Step times of a worker.
         ttft: Seconds to the first token.
         itl: Seconds between two tokens.
-        window: Seconds over which arrivals are counted.
+        window: Seconds over which arrivals are counted and load is averaged;
+            what waits to be computed counts as it stands.
         most: Share of a worker's time that prompts may take.
         headroom: Part of both latencies that is aimed at: the mean must stay
             under the promise for its tail to keep it.
+        fill: Part of each worker's batch that may be in use: what arrives
+            next must find a place in one.
         backlog: Whether prompts that wait now count.  New workers help with
             them only if they start faster than the others get through them.
 
@@ -70,13 +75,18 @@ class LatencySlo(Autoscaler):
     window: float = attrs.field(default=60.0, validator=_positive)
     most: float = attrs.field(default=0.8, validator=_positive)
     headroom: float = attrs.field(default=0.7, validator=_positive)
+    fill: float = attrs.field(default=0.7, validator=_positive)
     backlog: bool = True
     _uncached: Meter = attrs.field(init=False)
     _arrived: Meter = attrs.field(init=False)
+    _requests: Mean = attrs.field(init=False)
+    _context: Mean = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         self._uncached, self._arrived = Meter(self.window), Meter(self.window)
+        self._requests = Mean(longest=self.window)
+        self._context = Mean(longest=self.window)
 
     def proposals(self, view: View) -> tuple[Proposal, ...]:
         try:
@@ -105,23 +115,29 @@ class LatencySlo(Autoscaler):
         rate = self._uncached.rate(now, totals.uncached_tokens + waiting)
         arrivals = self._arrived.rate(now, totals.requests)
         requests = int(workers.running_requests.sum()) + len(view.waiting)
+        self._requests.add(now, requests)
+        self._context.add(now, int(workers.context_tokens.sum()) + waiting)
         if math.isnan(rate):
             if requests:
                 raise NoSignal("arrivals have not been watched long enough")
             rate = arrivals = 0.0
         return Load(
-            requests=requests,
-            context_tokens=int(workers.context_tokens.sum()) + waiting,
+            requests=self._requests.over(now, self.window),
+            context_tokens=self._context.over(now, self.window),
             backlog_tokens=int(workers.prefill_tokens.sum()) + waiting,
             prefill_rate=max(rate, 0.0),
             prompt_tokens=max(rate, 0.0) / arrivals if arrivals > 0 else 0.0,
+            max_running=float(workers.max_running.mean()) if len(workers) else math.inf,
         )
 
     def fewest(self, load: Load) -> int:
         """Return the fewest workers that keep both latencies under *load*."""
         if not load.requests and not load.prefill_rate:
             return 0
-        low, high = 0, 1
+        # The last count known to be too few, and one that may be enough.
+        low = math.ceil(load.requests / (self.fill * load.max_running)) - 1
+        low = min(max(low, 0), max(self.max_workers - 1, 0))
+        high = low + 1
         while not self._kept(load, high) and high < self.max_workers:
             low, high = high, min(2 * high, self.max_workers)
         while high - low > 1:

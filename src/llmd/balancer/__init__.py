@@ -1,56 +1,5 @@
 """Who goes next, who may enter, and where: `QueueBalancer` and its policies."""
 
-from .accounts import Account, Accounts, Waits, jain
-from .bands import Band, Bands
-from .control import FlowControl
-from .fair import Drr, Fair, FairRoundRobin, Las, Vtc
-from .gates import DeadlineInfeasible, Gate, QueueFull, RateLimit, Saturation
-from .interface import Listener, Place, QueueBalancer
-from .ledger import Ledger
-from .locality import D2lpm, Dlpm
-from .orders import Edf, Fcfs, ShortestPrefill, SloDeadline, WeightedShortest
-from .over import Over
-from .rooms import AimdRoom, FixedRoom, LongPrefillCap, PromptBudget, Room
-from .slowstart import SlowStart
-from .verdict import ADMIT, Check, Verdict
+from .._face import face
 
-__all__ = [
-    "ADMIT",
-    "Account",
-    "Accounts",
-    "AimdRoom",
-    "Band",
-    "Bands",
-    "Check",
-    "D2lpm",
-    "DeadlineInfeasible",
-    "Dlpm",
-    "Drr",
-    "Edf",
-    "Fair",
-    "FairRoundRobin",
-    "Fcfs",
-    "FixedRoom",
-    "FlowControl",
-    "Gate",
-    "Las",
-    "Ledger",
-    "Listener",
-    "LongPrefillCap",
-    "Over",
-    "Place",
-    "PromptBudget",
-    "QueueBalancer",
-    "QueueFull",
-    "RateLimit",
-    "Room",
-    "Saturation",
-    "ShortestPrefill",
-    "SloDeadline",
-    "SlowStart",
-    "Verdict",
-    "Vtc",
-    "Waits",
-    "WeightedShortest",
-    "jain",
-]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

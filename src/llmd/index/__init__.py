@@ -1,16 +1,5 @@
 """Who holds which prefix: the `PrefixIndex` interface and its indexes."""
 
-from .blended import BlendedIndex
-from .exact import ExactIndex
-from .guessed import GuessedIndex
-from .interface import PrefixIndex
-from .snapshot import dump, restore
+from .._face import face
 
-__all__ = [
-    "BlendedIndex",
-    "ExactIndex",
-    "GuessedIndex",
-    "PrefixIndex",
-    "dump",
-    "restore",
-]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

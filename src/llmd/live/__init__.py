@@ -5,6 +5,7 @@ from .lease import Lease
 from .pool import EnginePool
 from .server import Server
 from .session import Sessions
+from .timeslice import SharedEngine, SharedGpu, Sleeper, Sliceable
 
 __all__ = [
     "Call",
@@ -15,4 +16,8 @@ __all__ = [
     "Report",
     "Server",
     "Sessions",
+    "SharedEngine",
+    "SharedGpu",
+    "Sleeper",
+    "Sliceable",
 ]

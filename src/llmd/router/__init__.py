@@ -1,48 +1,5 @@
 """Which worker: the `Router` interface and its policies."""
 
-from .blend import Blend, KVHeadroom, PrefixOverlap, QueueDepth, Score
-from .breaker import CircuitBreaker
-from .chance import Explore, Softmax
-from .disaggregated import Disaggregated, UniformLink
-from .gates import KVBarrier, LoadGate, SpreadCold, Stale, Surcharge
-from .interface import Around, Router, TermRouter
-from .seconds import EarliestFirstToken
-from .shadow import Agreement, Shadow
-from .simple import (
-    LeastLoaded,
-    LeastWork,
-    PowerOfTwo,
-    Random,
-    RoundRobin,
-    SessionAffinity,
-)
+from .._face import face
 
-__all__ = [
-    "Agreement",
-    "Around",
-    "Blend",
-    "CircuitBreaker",
-    "Disaggregated",
-    "EarliestFirstToken",
-    "Explore",
-    "KVBarrier",
-    "KVHeadroom",
-    "LeastLoaded",
-    "LeastWork",
-    "LoadGate",
-    "PowerOfTwo",
-    "PrefixOverlap",
-    "QueueDepth",
-    "Random",
-    "RoundRobin",
-    "Router",
-    "Score",
-    "SessionAffinity",
-    "Shadow",
-    "Softmax",
-    "SpreadCold",
-    "Stale",
-    "Surcharge",
-    "TermRouter",
-    "UniformLink",
-]
+__getattr__, __dir__, __all__ = face(__name__, __file__)

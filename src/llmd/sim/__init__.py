@@ -7,12 +7,15 @@
 100
 """
 
-from . import traces, workloads
+from . import plots, traces, workloads
+from .bootstrap import Interval
+from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
 from .report import Report, Slo, WorkerLoad
+from .rollout import Rollout
 from .sequence import EngineSettings
 from .simulator import Crash, Simulator
-from .study import Capacity, Comparison, Interval, capacities, capacity, compare
+from .study import Comparison, compare
 from .worker import ModelWorker
 from .workload import Job, Workload
 
@@ -25,6 +28,7 @@ __all__ = [
     "Job",
     "ModelWorker",
     "Report",
+    "Rollout",
     "Simulator",
     "Slo",
     "WorkerLoad",
@@ -33,6 +37,7 @@ __all__ = [
     "capacity",
     "compare",
     "fleet",
+    "plots",
     "simulate",
     "traces",
     "workloads",

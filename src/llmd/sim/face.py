@@ -94,7 +94,7 @@ def simulate(
         cluster,
         machine=machine or Machine(),
         settings=settings or EngineSettings(),
-        spawn=lambda row: attrs.evolve(template, id=f"{template.id}-{row}"),
+        spawn=lambda row, pool: attrs.evolve(template, id=f"{template.id}-{row}"),
         crashes=tuple(crashes),
         signals_s=signals_s,
     )
@@ -116,5 +116,5 @@ def make_cluster(policy: Policy) -> Cluster:
     if isinstance(policy, Router):
         return Cluster(router=copy.deepcopy(policy))
     if isinstance(policy, Cluster):
-        return copy.deepcopy(policy)
+        return policy.fork()
     return policy()

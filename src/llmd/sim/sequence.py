@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ..blocks import Hashes, Prompt
+from ..blocks import Hashes, Prompt, seed_of
 from ..errors import InvalidRequest
 from ..types import Request
 
@@ -61,6 +61,7 @@ class Sequence:
         base: While decoding, KV tokens less the worker's step count.
         end_step: While decoding, the step that ends it.
         cached: Prompt tokens it found in the cache at its first admission.
+        loaded: Prompt tokens that come from host memory at its admission.
         owned: Names it holds, head first.
         fresh: Those of them that it computes itself and has not reported.
         nameless: Blocks it holds without a name.
@@ -82,6 +83,7 @@ class Sequence:
     base: int = 0
     end_step: int = 0
     cached: int = -1
+    loaded: int = 0
     owned: list[int] = attrs.field(factory=list)
     fresh: list[int] = attrs.field(factory=list)
     nameless: int = 0
@@ -96,4 +98,9 @@ class Sequence:
 
     def answer_names(self, block_tokens: int) -> Hashes | None:
         """Name the full blocks of prompt and answer, if that is known."""
-        return None if self.answer is None else self.answer.hashes(block_tokens)
+        if self.answer is None:
+            return None
+        request, names = self.request, self.answer.hashes(block_tokens)
+        if request.salt or request.lora:
+            return names + seed_of(request.salt, request.lora)
+        return names

@@ -16,6 +16,7 @@ from ..cluster import Cluster
 from ..errors import InvalidRequest, PolicyError
 from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
+from .ledger import Ledger
 from .links import Links
 from .outcome import Outcome
 from .report import Report, Slo
@@ -62,8 +63,9 @@ class Simulator:
         cluster: The same state machine that drives live engines.
         machine: Step times of its workers.
         settings: How the engines schedule.
-        spawn: Makes the worker of a given number when the autoscaler wants
-            one more.
+        spawn: Makes the worker of a given number, for a pool or for "", when
+            the autoscaler wants one more.  A worker belongs to the pool of its
+            machine, its model or its role.
         crashes: Workers that die on the way.
         tick_s: Seconds between two `Tick` events; 0 for none.
         signals_s: Seconds between two reports of each engine; 0 for none.
@@ -80,26 +82,21 @@ class Simulator:
     cluster: Cluster
     machine: Machine = attrs.field(factory=Machine)
     settings: EngineSettings = attrs.field(factory=EngineSettings)
-    spawn: Callable[[int], Worker] | None = None
+    spawn: Callable[[int, str], Worker] | None = None
     crashes: tuple[Crash, ...] = ()
     tick_s: float = 1.0
     signals_s: float = 0.0
 
     engines: dict[WorkerId, _Engine] = attrs.field(factory=dict, init=False)
-    outcomes: dict[RequestId, Outcome] = attrs.field(factory=dict, init=False)
+    ledger: Ledger = attrs.field(factory=Ledger, init=False)
     now: float = attrs.field(default=0.0, init=False)
     _links: Links = attrs.field(init=False)
     _heap: list[tuple[float, int, Any, Any]] = attrs.field(factory=list, init=False)
     _order: Any = attrs.field(factory=itertools.count, init=False)
-    _followers: dict[RequestId, list[Job]] = attrs.field(factory=dict, init=False)
     _handoffs: dict[RequestId, tuple[WorkerId, WorkerId]] = attrs.field(
         factory=dict, init=False
     )
-    _open: int = attrs.field(default=0, init=False)
     _spawned: int = attrs.field(default=0, init=False)
-    _slo: Slo = attrs.field(factory=Slo, init=False)
-    _misses_left: float = attrs.field(default=math.inf, init=False)
-    _progress: Callable[[int], object] | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         rate = self.machine.kv_bytes_per_token / self.machine.load_s_per_token(
@@ -128,36 +125,25 @@ class Simulator:
         Raises:
             PolicyError: A policy raised, or broke its contract.
         """
-        if self.outcomes or self.engines:
+        if self.engines:
             raise InvalidRequest("a simulator runs once: make another")
-        self._progress = progress
-        if give_up is not None:
-            self._slo = give_up
-            self._misses_left = (1.0 - give_up.attainment) * len(workload)
+        self.ledger = Ledger.of(workload, give_up)
+        self.ledger.progress = progress
         for worker in workers:
             self._join(worker, State.READY)
-        self._schedule(workload)
-        heap, feed = self._heap, self._step
-        while heap and heap[0][0] <= until and self._misses_left >= 0:
-            at, _, action, argument = heapq.heappop(heap)
-            feed(at, action, argument)
+        self._schedule()
+        heap, ledger = self._heap, self.ledger
+        while heap and heap[0][0] <= until and ledger.misses_left >= 0:
+            self.now, _, action, argument = heapq.heappop(heap)
+            action(argument)
         return Report.of(self, workload)
 
-    def _step(self, at: float, action: Any, argument: Any) -> None:
-        self.now = at
-        action(argument)
-
-    def _schedule(self, workload: Workload) -> None:
-        for job in workload.jobs:
-            if job.id in self.outcomes:
-                raise InvalidRequest(f"two jobs are called {job.id!r}")
-            self.outcomes[job.id] = Outcome(job)
-            if job.follows:
-                self._followers.setdefault(job.follows, []).append(job)
-            else:
-                self._at(job.at, self._arrive, job)
-        self._open = len(self.outcomes)
-        deadlines = any(job.request.deadline < math.inf for job in workload.jobs)
+    def _schedule(self) -> None:
+        deadlines = False
+        for job in self.ledger.heads():
+            self._at(job.at, self._arrive, job)
+        for outcome in self.ledger.outcomes.values():
+            deadlines = deadlines or outcome.request.deadline < math.inf
         if self.tick_s and (self.cluster.autoscaler is not None or deadlines):
             self._at(0.0, self._tick, None)
         if self.signals_s:
@@ -171,7 +157,7 @@ class Simulator:
     # What the world does.
 
     def _arrive(self, job: Job) -> None:
-        outcome = self.outcomes[job.id]
+        outcome = self.ledger.outcomes[job.id]
         request = job.request
         if request.arrived_at != self.now:
             request = attrs.evolve(request, arrived_at=self.now)
@@ -184,12 +170,11 @@ class Simulator:
         except PolicyError:
             raise
         except InvalidRequest as error:
-            self._failed(request, f"refused: {error}")
+            self._close(request.id, f"refused: {error}")
 
     def _cancel(self, id: RequestId) -> None:
-        outcome = self.outcomes[id]
-        if not outcome.status:
-            self._close(outcome, "cancelled")
+        if not self.ledger.outcomes[id].status:
+            self._close(id, "cancelled")
             self._feed(e.RequestCancelled(self.now, id))
 
     def _wake(self, engine: _Engine) -> None:
@@ -206,14 +191,14 @@ class Simulator:
 
     def _tick(self, _: None) -> None:
         self._feed(e.Tick(self.now))
-        if self._open:
+        if self.ledger.open:
             self._at(self.now + self.tick_s, self._tick, None)
 
     def _signal(self, _: None) -> None:
         for id, engine in self.engines.items():
             if engine.left_at > self.now:
                 self._feed(e.SignalsReported(self.now, id, engine.model.signals()))
-        if self._open:
+        if self.ledger.open:
             self._at(self.now + self.signals_s, self._signal, None)
 
     def _crash(self, crash: Crash) -> None:
@@ -228,11 +213,11 @@ class Simulator:
             self._at(self.now + crash.restart_after_s, self._rejoin, worker)
 
     def _rejoin(self, worker: Worker) -> None:
-        if self._open:
+        if self.ledger.open:
             self._join(worker, State.READY)
 
     def _ready(self, worker: WorkerId) -> None:
-        if self.engines[worker].left_at > self.now and self._open:
+        if self.engines[worker].left_at > self.now and self.ledger.open:
             self._feed(e.WorkerChanged(self.now, worker, state=State.READY))
 
     # What the cluster commands.
@@ -248,15 +233,15 @@ class Simulator:
             case c.Fail(request=request, error=error):
                 if isinstance(error, PolicyError):
                     raise error
-                self._failed(request, f"{type(error).__name__}: {error}")
+                self._close(request.id, f"{type(error).__name__}: {error}")
             case c.Abort(worker=worker, request_id=id):
                 self._abort(worker, id)
-            case c.Scale(workers=workers):
-                self._scale(workers)
+            case c.Scale(workers=workers, pool=pool):
+                self._scale(workers, pool)
 
     def _dispatch(self, command: c.Dispatch) -> None:
         request, decision = command.request, command.decision
-        outcome = self.outcomes[request.id]
+        outcome = self.ledger.outcomes[request.id]
         outcome.dispatched = self.now
         outcome.worker = decision.decode
         outcome.attempts += 1
@@ -290,7 +275,7 @@ class Simulator:
             remote=remote,
         )
         self._awake(engine, model.submit(sequence, self.now))
-        if model.events and not model.busy:
+        if not model.busy:
             self._take_events(engine)
 
     def _awake(self, engine: _Engine, at: float | None) -> None:
@@ -299,36 +284,27 @@ class Simulator:
             self._at(at, self._wake, engine)
 
     def _take_events(self, engine: _Engine) -> None:
-        events, engine.model.events = engine.model.events, []
-        for event in events:
-            self._note(event)
+        for event in engine.model.take():
+            self.ledger.note(event)
+            if isinstance(event, e.PrefillEnded):
+                self._hand_over(event.request_id)
+            elif isinstance(event, e.RequestEnded) and event.error is None:
+                self._close(event.request_id, "completed")
             self._feed(event)
 
-    def _note(self, event: e.Event) -> None:
-        """Write down what an engine did, for the report."""
-        match event:
-            case e.FirstToken(request_id=id):
-                outcome = self.outcomes[id]
-                outcome.first, outcome.generated = self.now, 1
-                outcome.cached_tokens = event.cached_tokens or 0
-                if self.now - outcome.arrived > self._slo.ttft_s:
-                    self._misses_left -= 1
-            case e.TokensGenerated(request_id=id, tokens=tokens):
-                self.outcomes[id].generated += tokens
-            case e.PrefillEnded(request_id=id):
-                self._hand_over(id)
-            case e.RequestEnded(request_id=id, error=None):
-                self._close(self.outcomes[id], "completed")
+    def _close(self, id: RequestId, status: str) -> None:
+        for job in self.ledger.close(id, status, self.now):
+            self._at(self.now + job.think_s, self._arrive, job)
 
     # Hand-over of KV from a prefill worker.
 
     def _hand_over(self, id: RequestId) -> None:
         source, target = self._handoffs[id]
         engine = self.engines[target].model
-        outcome = self.outcomes[id]
+        outcome = self.ledger.outcomes[id]
         request = outcome.request
         size = engine.worker.block_tokens
-        held = engine.cache.held(request.hashes(size).tolist()) * size
+        held = engine.kv.cache.held(request.hashes(size).tolist()) * size
         moved = (request.prompt_tokens - held) * self.machine.kv_bytes_per_token
         self._links.start(id, source, target, moved, self.now)
         self._at(self._links.next_end(), self._moved, None)
@@ -342,7 +318,7 @@ class Simulator:
                 if engine.draining and not engine.model.held:
                     self._leave(source)
             engine = self.engines[target]
-            outcome = self.outcomes[id]
+            outcome = self.ledger.outcomes[id]
             if engine.left_at > self.now and not outcome.status:
                 self._submit(engine, outcome, outcome.request, remote=True)
         if len(self._links):
@@ -376,16 +352,18 @@ class Simulator:
                 why = "the KV to be fetched was lost"
                 self._feed(e.RequestEnded(self.now, target, id, why))
 
-    def _scale(self, workers: int) -> None:
+    def _scale(self, workers: int, pool: str) -> None:
         alive = [
             id
             for id, engine in self.engines.items()
-            if engine.left_at > self.now and not engine.draining
+            if engine.left_at > self.now
+            and not engine.draining
+            and _belongs(engine.model.worker, pool)
         ]
         for _ in range(workers - len(alive)):
             if self.spawn is None:
                 raise InvalidRequest("the autoscaler wants workers: set `spawn`")
-            worker = self.spawn(self._spawned)
+            worker = self.spawn(self._spawned, pool)
             self._join(worker, State.STARTING)
             self._at(self.now + self.settings.cold_start_s, self._ready, worker.id)
         # The emptiest go, of equals the youngest.
@@ -399,20 +377,7 @@ class Simulator:
             if not engine.model.held:
                 self._leave(id)
 
-    # Ends.
 
-    def _failed(self, request: Request, why: str) -> None:
-        self._close(self.outcomes[request.id], why)
-
-    def _close(self, outcome: Outcome, status: str) -> None:
-        if outcome.status:
-            return
-        outcome.status, outcome.ended = status, self.now
-        self._open -= 1
-        if self._progress is not None:
-            self._progress(len(self.outcomes) - self._open)
-        for job in self._followers.pop(outcome.job.id, ()):
-            if status == "completed":
-                self._at(self.now + job.think_s, self._arrive, job)
-            else:
-                self._close(self.outcomes[job.id], "predecessor failed")
+def _belongs(worker: Worker, pool: str) -> bool:
+    role = worker.role.name or ""
+    return pool in ("", worker.machine, role.lower()) or pool in worker.models

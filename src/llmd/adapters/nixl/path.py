@@ -82,11 +82,17 @@ class PathLog:
         except OSError:
             return []
 
-    def write_path(self) -> Path | None:
-        """Return how large blocks are written to the peer met last."""
+    def write_path(self, memory: str) -> Path | None:
+        """Return how large blocks of *memory*, DRAM or VRAM, are written.
+
+        To the peer met last.  UCX lists every kind of memory it could be asked
+        to write from, so a GPU's slab has a table for host memory too.
+        """
+        origin = "from cuda" if memory == "VRAM" else "from host"
         writes = [path for path in self.paths() if path.writes]
         large = [path for path in writes if path.sizes.endswith("inf")]
-        return large[-1] if large else None
+        ours = [path for path in large if origin in path.operation]
+        return ours[-1] if ours else None
 
 
 def parse(log: str) -> list[Path]:

@@ -40,3 +40,30 @@ def transfer_config(
             "checksums": checksums,
         },
     }
+
+
+def nixl_config(
+    *, role: str = "kv_both", push: bool = False, lease_s: int = 30, cpu: bool = False
+) -> dict[str, Any]:
+    """Return the `kv_transfer_config` for vLLM's own NIXL connector, guarded.
+
+    Each engine also needs `VLLM_NIXL_SIDE_CHANNEL_HOST` and a
+    `VLLM_NIXL_SIDE_CHANNEL_PORT` of its own in its environment.
+
+    Args:
+        role: "kv_producer", "kv_consumer" or "kv_both".
+        push: The prefill engine writes; otherwise the decode engine reads.
+        lease_s: How long the prefill engine keeps blocks nobody asked for.
+        cpu: The engine runs on a CPU.
+
+    >>> nixl_config(push=True)["kv_connector"]
+    'LlmdNixlPush'
+    """
+    return {
+        "kv_connector": "LlmdNixlPush" if push else "LlmdNixlPull",
+        "kv_connector_module_path": "llmd.adapters.vllm.connector_nixl",
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"kv_lease_duration": lease_s},
+        **({"kv_buffer_device": "cpu"} if cpu else {}),
+    }

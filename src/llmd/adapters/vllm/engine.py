@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import shutil
 import tempfile
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 from ...errors import EngineError, WorkerLost
 from ...live.engine import Call, Engine, Output, Report
-from ...types import RequestId, State, Worker, WorkerId
+from ...types import RequestId, Role, State, Worker, WorkerId
 from . import calls, sampling, stats
 from .kv_events import KVEventDecoder
 from .kv_stream import KVEndpoint, KVEventStream
@@ -180,6 +181,26 @@ class VllmEngine(Engine):
         """Go on after `pause`."""
         await self._alive().resume_generation()
 
+    async def sleep(self) -> None:
+        """Move weights to host memory and drop KV: level 1 of vLLM's sleep mode.
+
+        Needs the option `enable_sleep_mode`, and a GPU.  Requests that `pause`
+        froze survive: vLLM computes their KV again once it is awake.
+        """
+        llm = self._alive()
+        if "mode" in inspect.signature(llm.sleep).parameters:
+            await llm.sleep(level=1, mode="keep")
+        else:
+            await llm.pause_generation(mode="keep", clear_cache=True)
+            await llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take the memory back after `sleep`, and stay paused."""
+        llm = self._alive()
+        await llm.wake_up()
+        # Waking resumes; whose turn it is is not for the engine to say.
+        await llm.pause_generation(mode="keep", clear_cache=False)
+
     async def _load(self, worker: WorkerId, report: Callable[[Report], None]) -> None:
         loop = asyncio.get_running_loop()
         self._scratch = tempfile.mkdtemp(prefix="llmd-")
@@ -239,6 +260,7 @@ class VllmEngine(Engine):
             id=worker,
             models=frozenset(self.names),
             loras=frozenset(self._loras),
+            role=_role(config.kv_transfer_config),
             kv_blocks=config.cache_config.num_gpu_blocks,
             block_tokens=config.cache_config.block_size,
             max_model_tokens=config.model_config.max_model_len,
@@ -265,6 +287,12 @@ class VllmEngine(Engine):
         codes = [core.exitcode for core in self._cores]
         if self._death is not None and not self._death.done():
             self._death.set_result(f"the engine core exited with {codes}")
+
+
+def _role(transfer: Any) -> Role:
+    """Return what an engine may be asked to do, by its KV connector."""
+    roles = {"kv_producer": Role.PREFILL, "kv_consumer": Role.DECODE}
+    return roles.get(getattr(transfer, "kv_role", None) or "", Role.BOTH)
 
 
 async def _warm(llm: Any, gate: Gate) -> None:

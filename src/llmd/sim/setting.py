@@ -1,0 +1,76 @@
+"""What all runs of a study have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import attrs
+
+from ..errors import InvalidRequest
+from ..machines import Machine
+from ..types import Worker
+from .face import Policy, simulate
+from .report import Report, Slo
+from .sequence import EngineSettings
+from .tables import name_of
+from .workload import Workload
+
+Policies: TypeAlias = Mapping[str, Policy] | Sequence[Policy]
+
+
+@attrs.frozen(kw_only=True)
+class Setting:
+    """Policies by name, workloads by seed, and the fleet they run on.
+
+    Attributes:
+        policies: By name.
+        workloads: One for each seed.
+        workers: As for `simulate`, like the next two.
+        machine: Step times.
+        settings: How engines schedule.
+        slo: What counts as good, or must be kept.
+        precision: Part of a rate to which a search goes.
+        range: Rates to search between.
+    """
+
+    policies: Mapping[str, Policy]
+    workloads: tuple[Workload, ...]
+    workers: int | Sequence[Worker]
+    machine: Machine | None
+    settings: EngineSettings | None
+    slo: Slo = attrs.field(factory=Slo)
+    precision: float = 0.02
+    range: tuple[float, float] = (0.0, math.inf)
+
+    def report(
+        self, policy: str, workload: Workload, give_up: Slo | None = None
+    ) -> Report:
+        """Run one policy on one workload."""
+        report = simulate(
+            self.policies[policy],
+            workload,
+            workers=self.workers,
+            machine=self.machine,
+            settings=self.settings,
+            give_up=give_up,
+        )
+        return attrs.evolve(report, policy=policy)
+
+
+def named(policies: Policies) -> Mapping[str, Policy]:
+    """Return *policies* by name."""
+    if isinstance(policies, Mapping):
+        return policies
+    names = [name_of(policy) for policy in policies]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("two policies have one name: pass them in a dict")
+    return dict(zip(names, policies, strict=True))
+
+
+def kinds(workload: Workload, seeds: int) -> tuple[Workload, ...]:
+    """Return *workload*, or one of its kind for each seed."""
+    if seeds == 1:
+        return (workload,)
+    return tuple([workload.seeded(seed) for seed in range(seeds)])

@@ -1,0 +1,53 @@
+"""Importing llmd brings what it says and nothing heavy, whatever is installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("asyncio", "torch", "vllm", "nixl", "zmq", "ray", "starlette", "matplotlib")
+
+
+def imported(statement):
+    code = f"import sys; {statement}; print(*sys.modules, sep='\\n')"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import llmd",
+        "import llmd; llmd.Cluster()",
+        "from llmd import *",
+        "import llmd.sim",
+    ],
+)
+def test_nothing_heavy(statement):
+    assert not imported(statement) & set(HEAVY)
+
+
+def test_a_cluster_needs_no_policy_that_is_not_named():
+    modules = imported("import llmd; llmd.Cluster()")
+    assert "llmd.cluster" in modules
+    assert not {"llmd.sim", "llmd.live", "llmd.balancer.bands"} & modules
+
+
+def test_every_name_of_every_face_is_there():
+    for package in ("", ".router", ".balancer", ".autoscaler", ".machines"):
+        imported(f"from llmd{package} import *")
+
+
+def test_a_function_wins_over_its_module():
+    from llmd.machines import detect
+
+    assert callable(detect)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import llmd
+
+    with pytest.raises(AttributeError, match="nothing"):
+        llmd.nothing  # noqa: B018
