@@ -25,7 +25,9 @@ class LeastDelay(TermRouter):
     worker stays busy, (own seconds) x (how many those are).  In a queue their
     number grows with its backlog and, by 1 / (1 - load), with the load of the
     whole fleet (Kleinrock, "Queueing Systems" vol. 1, 1975, on busy periods);
-    requests that wait here, and on the mean worker, stand for the two.
+    requests that wait here, and on the mean worker, stand for the two.  Those
+    that are being answered there get their tokens later as well, though each
+    by less than the whole prompt.
 
     So an idle fleet is asked for the earliest first token, as it should be;
     under load uncached work weighs more, a prompt goes where its prefix is
@@ -40,6 +42,7 @@ class LeastDelay(TermRouter):
         always: Others delayed by a prompt on an idle fleet.
         waiting_here: Others delayed for each request that waits there.
         waiting_anywhere: Others delayed for each that waits on the mean worker.
+        answering_here: Others delayed for each that is being answered there.
         step_tokens: Prompt tokens of an engine's step, beside which its running
             requests read their contexts.
 
@@ -52,6 +55,7 @@ class LeastDelay(TermRouter):
     always: float = attrs.field(default=1.0, kw_only=True)
     waiting_here: float = attrs.field(default=3.0, kw_only=True)
     waiting_anywhere: float = attrs.field(default=8.0, kw_only=True)
+    answering_here: float = attrs.field(default=0.2, kw_only=True)
     step_tokens: int = attrs.field(default=2048, kw_only=True)
     _rates: Rates = attrs.field(init=False, repr=False, eq=False)
 
@@ -78,7 +82,12 @@ class LeastDelay(TermRouter):
                 "tokens",
                 (queued_s + own_s) * self._beside(machine, workers, context),
             ),
-            Term("delay of others", waiting, "waiting", own_s * self._others(waiting)),
+            Term(
+                "delay of others",
+                waiting,
+                "waiting",
+                own_s * self._others(workers, waiting),
+            ),
         ]
         # One column shown four times, as an index without slower tiers gives.
         if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
@@ -86,10 +95,11 @@ class LeastDelay(TermRouter):
             terms.append(Term("load", loaded, "tokens", self._load_s(held, workers)))
         return tuple(terms)
 
-    def _others(self, waiting: Floats) -> Floats:
+    def _others(self, workers: Workers, waiting: Floats) -> Floats:
         """Return how many others a prompt delays at each worker, (W,)."""
         anywhere = float(waiting.mean()) if len(waiting) else 0.0
-        others: Floats = waiting * self.waiting_here
+        others: Floats = waiting * (self.waiting_here - self.answering_here)
+        others += workers.running_requests * self.answering_here
         others += self.always + self.waiting_anywhere * anywhere
         return others
 
