@@ -40,6 +40,12 @@ def test_every_name_of_every_face_is_there():
         imported(f"from llmd{package} import *")
 
 
+def test_a_function_wins_over_its_module():
+    from llmd.machines import detect
+
+    assert callable(detect)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import llmd
 

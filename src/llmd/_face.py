@@ -39,6 +39,9 @@ def face(
     def __dir__() -> list[str]:  # noqa: N807
         return sorted({*vars(sys.modules[package]), *homes})
 
+    # Importing a module sets it on its package, over a function of its name.
+    for name in [name for name, home in homes.items() if home == name]:
+        __getattr__(name)
     return __getattr__, __dir__, sorted(homes)
 
 

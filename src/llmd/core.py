@@ -35,7 +35,7 @@ from .errors import (
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
 from .peers import Peers
-from .router import EarliestFirstToken, Router
+from .router import LeastDelay, Router
 from .types import Request, RequestId, WorkerId
 from .view import View
 from .waiting import LaneName, WaitingRequests
@@ -45,7 +45,7 @@ from .waiting import LaneName, WaitingRequests
 class Core:
     """Policies, books and queue of a cluster; see `Cluster` for its face."""
 
-    router: Router = attrs.field(factory=EarliestFirstToken)
+    router: Router = attrs.field(factory=LeastDelay)
     _balancer: QueueBalancer = attrs.field(factory=Fcfs)
     autoscaler: Autoscaler | None = None
     index: PrefixIndex = attrs.field(factory=ExactIndex)

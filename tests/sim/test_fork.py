@@ -52,3 +52,25 @@ def test_a_fork_has_no_observer():
     twin.handle(e.WorkerJoined(0.0, llmd.Worker(id="a")))
     assert not seen
     assert not len(cluster.view.workers)
+
+
+class Counting(llmd.LeastDelay):
+    """A plain subclass of a slotted class, with a list of its own."""
+
+    def __init__(self):
+        super().__init__(always=2.0)
+        self.seen = []
+
+    def cost(self, request, view):
+        self.seen.append(request.id)
+        return super().cost(request, view)
+
+
+def test_what_a_subclass_sets_on_itself_is_copied_too():
+    cluster = llmd.Cluster(router=Counting())
+    cluster.router.seen.append("before")
+    twin = cluster.fork()
+    assert twin.router.seen == ["before"]
+    assert twin.router.always == 2.0
+    twin.router.seen.append("after")
+    assert cluster.router.seen == ["before"]

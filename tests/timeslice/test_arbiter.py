@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmd.errors import InvalidEvent, InvalidSlice, PolicyError
-from llmd.sim.gpu import Job
+from llmd.sim.gpu import Job, SimGpu
 from llmd.timeslice import (
     Action,
     Asked,
@@ -153,6 +153,36 @@ def test_a_policy_that_answers_nonsense_is_named(turn):
 
     with pytest.raises(PolicyError, match="Nonsense"):
         arbiter_with("a", policy=Nonsense())
+
+
+def test_a_policy_that_raises_is_named_and_asked_again():
+    class Shaky(FifoLock):
+        fails = True
+
+        def next(self, view):
+            if self.fails:
+                raise KeyError("oops")
+            return super().next(view)
+
+    policy = Shaky()
+    arbiter = GpuArbiter(policy)
+    arbiter.handle(Joined(0.0, Sharer(engine="a")))
+    with pytest.raises(PolicyError, match="KeyError"):
+        arbiter.handle(Done(0.0, "a", Action.PAUSE))
+    policy.fails = False
+    arbiter.handle(Wanted(1.0, "a", 1))
+    arbiter.handle(Done(1.0, "a", Action.RESUME))
+    assert arbiter.running == "a"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_may_be_replaced_in_a_turn(policy):
+    workers = [worker(name, finite()) for name in "abc"]
+    gpu = SimGpu(GpuArbiter(QuantumScheduler(quantum_s=0.4)), workers)
+    for at in (0.3, 0.6, 1.1, 1.7):
+        gpu._at(at, lambda: setattr(gpu.arbiter, "policy", policy()))
+    gpu.run(until=60.0)
+    assert [one.ended for one in workers] == [20, 20, 20]
 
 
 def test_a_sharer_needs_a_name_and_a_weight():

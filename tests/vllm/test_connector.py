@@ -118,8 +118,7 @@ async def test_at_once_too(pair):
     async def both(i):
         request = asked(f"cp{i}", 300 + i, 1000 + i)
         transfer = await pair.hand_over(request)
-        got = await pair.decoded(asked(f"cd{i}", 300 + i, 1000 + i), transfer)
-        return got
+        return await pair.decoded(asked(f"cd{i}", 300 + i, 1000 + i), transfer)
 
     found = await asyncio.gather(*(both(i) for i in range(12)))
     for i, got in enumerate(found):
@@ -127,7 +126,7 @@ async def test_at_once_too(pair):
 
 
 async def test_a_hand_off_that_lapsed_is_computed_and_right(pair):
-    """The prefill engine has reused its blocks: what vLLM's own connector gets wrong."""
+    """What vLLM's own connector answers with wrong tokens and no error."""
     request = asked("lp", 500, 77)
     transfer = dict(await pair.hand_over(request))
     # Another generation is what a lapsed or evicted offer looks like.

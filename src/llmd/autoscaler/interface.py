@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from ..copied import Copied
 from ..errors import InvalidPolicy, NoSignal, PolicyError
 from ..recommendation import Proposal, Recommendation, Step
 from ..view import View
@@ -16,7 +17,7 @@ from .window import Window
 
 
 @attrs.define(kw_only=True)
-class Autoscaler(abc.ABC):
+class Autoscaler(Copied, abc.ABC):
     """Follows a wish with bounds and patience.
 
     Subclasses implement `wanted` and need not care about flapping:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from ..booking import Booking
+from ..copied import Copied
 from ..types import Request, RequestId
 from ..view import Mask, View
 from .verdict import ADMIT, Verdict
@@ -38,7 +39,7 @@ class Place:
     until: float = math.inf
 
 
-class Listener:
+class Listener(Copied):
     """Hears what becomes of requests; every hook may be left alone.
 
     A request is `queued` and `unqueued` each time it waits, in turn, and a

@@ -39,6 +39,7 @@ class Ledger:
     _waiting: dict[Hashable, int] = attrs.field(factory=dict, init=False)
     _open: list[_Line] = attrs.field(factory=list, init=False)
     _idle: list[_Line] = attrs.field(factory=list, init=False)
+    _fresh: set[Hashable] = attrs.field(factory=set, init=False)
     _floor: float = attrs.field(default=0.0, init=False)
     _opened: int = attrs.field(default=0, init=False)
 
@@ -69,6 +70,10 @@ class Ledger:
         line = self._lines.get(tenant)
         return self._opened if line is None else line[1]
 
+    def fresh(self, tenant: Hashable) -> bool:
+        """Say whether *tenant* was charged nothing since it opened."""
+        return tenant in self._fresh
+
     def spread(self) -> float:
         """Return the greatest less the least amount of those who wait, in O(t)."""
         amounts = [self._lines[tenant][0] for tenant in self._waiting]
@@ -98,6 +103,7 @@ class Ledger:
             amount = max(amount, line[0]) if self.lifts else line[0]
         self._waiting[tenant] = 1
         self._opened += 1
+        self._fresh.add(tenant)
         self._write((amount, self._opened, tenant), self._open)
         return True
 
@@ -108,6 +114,7 @@ class Ledger:
             self._waiting[tenant] = waiting - 1
         elif waiting:
             del self._waiting[tenant]
+            self._fresh.discard(tenant)
             amount, number, _ = self._lines[tenant]
             self._floor = amount
             # A line of its own, so that the one among the open is out of date.
@@ -127,6 +134,7 @@ class Ledger:
         else:
             number = line[1]
         if tenant in self._waiting:
+            self._fresh.discard(tenant)
             self._write((amount, number, tenant), self._open)
         else:
             self._write((amount, number, tenant), self._idle)

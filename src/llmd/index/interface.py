@@ -6,11 +6,12 @@ import abc
 from collections.abc import Sequence
 
 from ..blocks import Hashes
+from ..copied import Copied
 from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
 
 
-class PrefixIndex(abc.ABC):
+class PrefixIndex(Copied, abc.ABC):
     """Maps prefixes to the workers that hold their KV blocks.
 
     Subclasses implement `match` and whichever of the others tell them what

@@ -7,13 +7,14 @@ import abc
 import attrs
 import numpy as np
 
+from ..copied import Copied
 from ..decision import Decision, Term
 from ..errors import PolicyError
 from ..types import Request, Role, WorkerId
 from ..view import Floats, View
 
 
-class Router(abc.ABC):
+class Router(Copied, abc.ABC):
     """Chooses a worker for each request.
 
     Subclasses implement `cost`; those that choose more than one worker

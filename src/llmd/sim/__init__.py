@@ -7,7 +7,7 @@
 100
 """
 
-from . import traces, workloads
+from . import plots, traces, workloads
 from .bootstrap import Interval
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
@@ -37,6 +37,7 @@ __all__ = [
     "capacity",
     "compare",
     "fleet",
+    "plots",
     "simulate",
     "traces",
     "workloads",

@@ -97,5 +97,33 @@ class SegmentPrompt(Prompt):
         return np.concatenate(names)
 
 
+def tokens_of(prompt: Prompt, vocabulary: int = 32_000) -> Tokens:
+    """Return token ids for *prompt*: its own, or some that share as it does.
+
+    A prompt known only by the names of its blocks gets tokens made from them,
+    below *vocabulary*; so two such prompts share what their names share.
+
+    >>> prompt = Prompt.named([7, 8], block_tokens=4, tokens=10)
+    >>> other = Prompt.named([7, 9], block_tokens=4, tokens=9)
+    >>> one, two = tokens_of(prompt), tokens_of(other)
+    >>> len(one), bool((one[:4] == two[:4]).all()), bool((one[:8] == two[:8]).all())
+    (10, True, False)
+    """
+    if prompt.ids is not None:
+        return prompt.ids
+    if isinstance(prompt, SegmentPrompt):
+        ids = prompt.tokenised(vocabulary).ids
+        assert ids is not None, "tokens were just made"
+        return ids
+    [(size, names), *_] = prompt._names.items()
+    rest = prompt.tokens - len(names) * size
+    offsets = np.arange(size, dtype=np.uint64) * _step()
+    blocks = mixed(names[:, None] * _step() + offsets).ravel()
+    last = int(names[-1]) if len(names) else 0
+    tail = mixed(np.uint64(mix(last + 1)) + np.arange(rest, dtype=np.uint64) * _step())
+    tokens: Tokens = np.concatenate([blocks, tail]) % np.uint64(vocabulary)
+    return tokens
+
+
 def _step() -> np.uint64:
     return np.uint64(_GOLDEN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,22 +119,33 @@ class Report:
     def of(cls, simulator: Simulator, workload: Workload) -> Report:
         """Read the report of a run that has ended."""
         outcomes = [*simulator.ledger.outcomes.values()]
-        ends = [
-            engine.model.log[-1][1]
-            for engine in simulator.engines.values()
-            if engine.model.log
-        ]
-        start = min([o.arrived for o in outcomes if o.arrived == o.arrived], default=0)
+        engines = simulator.engines.values()
+        ends = [engine.model.log[-1][1] for engine in engines if engine.model.log]
         end = max([o.ended for o in outcomes if o.ended == o.ended] + ends, default=0)
         loads = tuple(
             _load(engine.model, engine.joined_at, min(engine.left_at, end))
-            for engine in simulator.engines.values()
+            for engine in engines
         )
+        router = simulator.cluster.router
+        return cls.from_outcomes(outcomes, router, workload.name, loads)
+
+    @classmethod
+    def from_outcomes(
+        cls,
+        outcomes: Sequence[Outcome],
+        policy: object,
+        workload: str,
+        workers: tuple[WorkerLoad, ...],
+    ) -> Report:
+        """Make a report of what became of each request."""
+        start = min([o.arrived for o in outcomes if o.arrived == o.arrived], default=0)
+        ends = [o.ended for o in outcomes if o.ended == o.ended]
+        ends += [float(load.runs[-1, 1]) for load in workers if len(load.runs)]
         return cls(
-            policy=name_of(simulator.cluster.router),
-            workload=workload.name,
-            workers=loads,
-            span_s=end - start,
+            policy=name_of(policy),
+            workload=workload,
+            workers=workers,
+            span_s=max(ends, default=0.0) - start,
             **_columns(outcomes),
         )
 
@@ -262,9 +273,10 @@ class Report:
     def overloaded(self) -> bool:
         """Whether waits still grew when arrivals ended: not a steady state.
 
-        True if the median wait of the last quarter of arrivals is more than
-        twice that of the second quarter and longer by more than a second, or
-        if a twentieth of all requests got no full answer.
+        True if the median wait of the last quarter of arrivals is half as
+        long again as that of the second quarter and longer by a second (waits
+        that grow without bound make it 7/3 as long), or if a twentieth of all
+        requests got no full answer.
         """
         if not len(self.ids) or self.done.mean() < 0.95:
             return True
@@ -272,7 +284,7 @@ class Report:
         quarter = max(len(waits) // 4, 1)
         early = _percentile(waits[quarter : 2 * quarter], 50)
         late = _percentile(waits[-quarter:], 50)
-        return late > 2.0 * early and late > early + 1.0
+        return late > 1.5 * early and late > early + 1.0
 
     def summary(self) -> dict[str, float]:
         """Return the figures by name, seconds and parts."""

@@ -59,14 +59,18 @@ def write_mooncake(workload: Workload, path: str | Path) -> None:
     Followers are written at the time they would arrive if every answer took
     no time; the format knows no sessions.
     """
-    ids: dict[int, int] = {}
+    ids: dict[object, int] = {}
     ends: dict[str, float] = {}
     with Path(path).open("w") as file:
         for job in _chronological(workload, ends):
-            names = job.request.hashes(512).tolist()
+            tokens = job.request.prompt_tokens
+            names: list[object] = job.request.hashes(512).tolist()
+            if tokens % 512:
+                # A partial block has an id as well; nobody else's, to be safe.
+                names.append(job.id)
             line = {
                 "timestamp": round(ends[job.id] * 1000),
-                "input_length": job.request.prompt_tokens,
+                "input_length": tokens,
                 "output_length": job.output_tokens,
                 "hash_ids": [ids.setdefault(name, len(ids)) for name in names],
             }

@@ -200,6 +200,7 @@ def shared_prefix(
     system_tokens: int = 6000,
     question_tokens: int = 1200,
     answer_tokens: int = 1000,
+    in_rounds: bool = False,
     burstiness: float = 1.0,
     seed: int = 0,
 ) -> Workload:
@@ -216,6 +217,7 @@ def shared_prefix(
         system_tokens: Length of each system prompt.
         question_tokens: Length of each question.
         answer_tokens: Length of each answer.
+        in_rounds: Nobody asks again before all have asked.
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
@@ -230,7 +232,13 @@ def shared_prefix(
     ]
     times = gamma(rate, requests, rng, burstiness)
     jobs = []
-    for row, user in enumerate(rng.integers(len(users), size=requests).tolist()):
+    asking = rng.integers(len(users), size=requests)
+    if in_rounds:
+        rounds = [
+            rng.permutation(len(users)) for _ in range(-(-requests // len(users)))
+        ]
+        asking = np.concatenate(rounds)[:requests]
+    for row, user in enumerate(asking.tolist()):
         group, prompt = users[user]
         request = Request(id=f"s{row}", prompt=prompt, tenant=f"group-{group}")
         jobs.append(

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -23,6 +25,8 @@ from . import messages as m
 from .interface import GpuView, Infeasible, TimeSlice, Turn
 from .messages import Action
 from .seats import Seat, Seats, SeatState
+
+Answer = TypeVar("Answer")
 
 _SHORTEST = 1e-6
 """Seconds until a policy is asked again; what is left by rounding is less."""
@@ -222,7 +226,8 @@ class GpuArbiter:
             )
         )
         switch_s = self._began_at - self._chosen_at
-        self.policy.ran(engine, self.now - self._began_at, switch_s, self.view())
+        run_s = self.now - self._began_at
+        self._ask(self.policy.ran, engine, run_s, switch_s, self.view())
 
     # Decisions -------------------------------------------------------------
 
@@ -248,7 +253,7 @@ class GpuArbiter:
 
     def _next(self) -> Turn:
         view = self.view()
-        turn = self.policy.next(view)
+        turn = self._ask(self.policy.next, view)
         known = turn.engine is None or turn.engine in self.engines
         # A turn of nothing would be asked for again at once, for ever.
         if not known or not turn.seconds > 0 or (view.running and not turn.engine):
@@ -292,7 +297,7 @@ class GpuArbiter:
 
     def _judge(self) -> list[m.GpuCommand]:
         """Complain when what is wrong has changed."""
-        what = self.policy.complaint(self.view())
+        what = self._ask(self.policy.complaint, self.view())
         before = self._complaint
         self._complaint = what
         same = (what and what.engines) == (before and before.engines)
@@ -301,7 +306,15 @@ class GpuArbiter:
     # Details ---------------------------------------------------------------
 
     def _upcoming(self) -> tuple[str, ...]:
-        return self.policy.upcoming(self.view())
+        return self._ask(self.policy.upcoming, self.view())
+
+    def _ask(self, question: Callable[..., Answer], *about: Any) -> Answer:
+        """Ask the policy; whatever it raises is its breach of contract."""
+        try:
+            return question(*about)
+        except Exception as error:
+            failure = f"{self.policy!r} raised {type(error).__name__}: {error}"
+            raise PolicyError(failure) from error
 
     def _do(self, seat: Seat, action: Action) -> list[m.GpuCommand]:
         seat.begin(action, self.now, self.timeout_s)

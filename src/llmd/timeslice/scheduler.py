@@ -81,8 +81,9 @@ class QuantumScheduler(TimeSlice):
         return Turn(urgent.engine)
 
     def ran(self, engine: str, run_s: float, switch_s: float, view: GpuView) -> None:
+        self._enlist(view)
         self._meet(view.now)
-        deficit = self._deficits.get(engine, 0.0) - self._used(run_s, view)
+        deficit = self._deficits[engine] - self._used(run_s, view)
         if self._ahead:
             # It caused the switch to itself and the one back.
             deficit -= 2 * switch_s

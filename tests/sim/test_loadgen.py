@@ -1,0 +1,117 @@
+"""The load generator on an engine of known pace; `tests/vllm` has real ones."""
+
+import asyncio
+
+import attrs
+import numpy as np
+import pytest
+
+import llmd
+from llmd.live import Engine, Output, Server
+from llmd.loadgen import LoadGenerator, ScheduleLag
+from llmd.sim import workloads
+from llmd.sim.prompts import SegmentPrompt, tokens_of
+
+
+@attrs.define(eq=False)
+class PacedEngine(Engine):
+    """Answers after *first* seconds, a token each *pace* seconds."""
+
+    first: float = 0.2
+    pace: float = 0.005
+    prompts: dict = attrs.field(factory=dict)
+
+    async def start(self, worker, report, progress):
+        return llmd.Worker(id=worker)
+
+    async def generate(self, call):
+        self.prompts[call.request.id] = call.request.prompt.ids
+        await asyncio.sleep(self.first)
+        wanted = call.request.max_new_tokens
+        for position in range(wanted):
+            if position:
+                await asyncio.sleep(self.pace)
+            last = position == wanted - 1
+            yield Output(
+                token_ids=(9,),
+                finish_reason="length" if last else None,
+                cached_tokens=7,
+            )
+
+    async def abort(self, request_id): ...
+
+    async def stop(self): ...
+
+
+async def drive(load, engine=None, **options):
+    engine = engine or PacedEngine()
+    options = {"most_lag": np.inf} | options  # a busy machine is no failure here
+    async with Server(llmd.Cluster(router=llmd.LeastLoaded())) as server:
+        for worker in ("a", "b"):
+            await server.add(engine, worker)
+        generator = LoadGenerator(server, **options)
+        return await generator.run(load), generator, engine
+
+
+LOAD = workloads.dialogue(
+    rate=40.0, requests=30, turns=3.0, answer_tokens=6, think_s=0.05, seed=1
+)
+
+
+async def test_all_is_answered_and_measured_from_when_it_was_due():
+    report, generator, _ = await drive(LOAD)
+    assert report.completed == 30
+    assert report.output_tokens.sum() == LOAD.output_tokens
+    assert (report.ttfts >= 0.2).all()
+    assert (report.cached_tokens == 7).all()
+    assert set(report.worker) == {"a", "b"}
+    assert len(generator.lags) == 30
+    assert report.itl(50) >= 0.005
+    assert report.policy == "LeastLoaded"
+    jobs = {job.id: job for job in LOAD.jobs}
+    rows = {id: row for row, id in enumerate(report.ids)}
+    for id, row in rows.items():
+        if jobs[id].follows:
+            before = report.ended[rows[jobs[id].follows]]
+            assert report.arrived[row] == pytest.approx(before + jobs[id].think_s)
+
+
+async def test_a_next_turn_carries_the_answer_that_was_given():
+    _, _, engine = await drive(LOAD)
+    jobs = {job.id: job for job in LOAD.jobs}
+    followers = [job for job in LOAD.jobs if job.follows]
+    assert followers
+    for job in followers:
+        past = jobs[job.follows]
+        end, size = past.answer.tokens, past.output_tokens
+        assert (engine.prompts[job.id][end - size : end] == 9).all()
+        before = engine.prompts[job.follows]
+        assert (engine.prompts[job.id][: len(before)] == before).all()
+
+
+async def test_a_generator_that_is_late_refuses_to_report():
+    ticks = iter(np.arange(0.0, 1e6, 0.5))
+    with pytest.raises(ScheduleLag, match="late"):
+        await drive(
+            workloads.batch(requests=5, rate=1e3, answer_tokens=3, burstiness=0.0),
+            engine=PacedEngine(first=0.0, pace=0.0),
+            clock=lambda: float(next(ticks)),
+            most_lag=0.05,
+        )
+
+
+async def test_who_is_given_up_counts_as_a_miss():
+    load = workloads.batch(requests=4, rate=100.0, answer_tokens=3)
+    report, _, _ = await drive(load, engine=PacedEngine(first=5.0), deadline_s=0.2)
+    assert report.completed == 0
+    assert set(report.status) == {"cancelled"}
+
+
+def test_made_up_tokens_share_what_their_names_share():
+    one = tokens_of(llmd.Prompt.named([1, 2, 3], 512, 1700))
+    two = tokens_of(llmd.Prompt.named([1, 2, 4], 512, 1600))
+    assert (len(one), len(two)) == (1700, 1600)
+    assert (one[:1024] == two[:1024]).all()
+    assert (one[1024:1536] == two[1024:1536]).mean() < 0.01
+    real = tokens_of(SegmentPrompt([(1, 10), (2, 20)]), vocabulary=100)
+    assert real.max() < 100
