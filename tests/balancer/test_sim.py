@@ -12,7 +12,8 @@ from llmd.sim.prompts import SegmentPrompt
 
 def run(jobs, balancer, workers, until, kv_tokens=816_000, **settings):
     simulator = Simulator(
-        llmd.Cluster(balancer=balancer), settings=EngineSettings(**settings)
+        llmd.Cluster(router=llmd.EarliestFirstToken(), balancer=balancer),
+        settings=EngineSettings(**settings),
     )
     workload = Workload(name="made here", jobs=jobs)
     return simulator.run(workload, fleet(workers, kv_tokens=kv_tokens), until=until)
