@@ -9,6 +9,7 @@ import pytest
 import llmd
 from llmd.errors import InvalidRequest
 from llmd.sim import Slo, capacities, capacity, compare, plots, simulate, workloads
+from llmd.sim.benchmark_report import benchmark_report
 from llmd.sim.bootstrap import interval, mean, percentile_of
 
 LOAD = workloads.shared_prefix(
@@ -142,3 +143,18 @@ def test_percentiles_of_itl_weigh_tokens():
     for percentile in (50, 90, 99):
         want = np.percentile(gaps, percentile, method="inverted_cdf")
         assert report.itl(percentile) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("requests", [1, 120])
+def test_the_schema_of_llm_d_accepts_a_report(requests):
+    schema = pytest.importorskip("llmd_benchmark_report")
+    load = workloads.batch(rate=40.0, requests=requests)
+    cluster = llmd.Cluster(balancer=llmd.Fcfs(max_running=2, max_waiting=20))
+    report = simulate(cluster, load, workers=2)
+    document = json.loads(json.dumps(benchmark_report(report)))
+    read = schema.load_benchmark_report(document)
+    aggregate = read.results.request_performance.aggregate
+    assert aggregate.requests.total == requests
+    assert aggregate.requests.failures == requests - report.completed
+    assert aggregate.latency.time_to_first_token.p90 == report.ttft(90)
+    assert benchmark_report(report)["run"]["uid"] == document["run"]["uid"]
