@@ -261,8 +261,8 @@ async def saturate(
 ) -> dict[str, Any]:
     """Keep both engines busy for a while; every request must end in full."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    before = len(gpu.arbiter.history)
+    began = loop.time()
+    end = began + seconds
     tokens = dict.fromkeys(shared, 0)
     short = 0
 
@@ -277,7 +277,8 @@ async def saturate(
             count += 1
 
     await asyncio.gather(*(client(name, lane) for name in shared for lane in range(16)))
-    turns = list(gpu.arbiter.history)[before:]
+    # While both were busy: not the turn before, nor the tail of one alone.
+    turns = [t for t in gpu.arbiter.history if began <= t.chosen_at <= end]
     return {**of_turns(turns), "tokens": tokens, "short_answers": short}
 
 
@@ -308,7 +309,7 @@ async def phases(
 ) -> dict[str, Any]:
     """Two jobs, each bursts of 16 requests with pauses between: busy, then idle."""
     loop = asyncio.get_running_loop()
-    before, began = len(gpu.arbiter.history), loop.time()
+    began = loop.time()
     latencies: list[float] = []
     busy = dict.fromkeys(shared, 0.0)
 
@@ -341,7 +342,7 @@ async def phases(
         "duty": sum(busy.values()) / took,
         "busy_s": busy,
         "latency_s": spread(latencies),
-        **of_turns(list(gpu.arbiter.history)[before:]),
+        **of_turns([t for t in gpu.arbiter.history if t.chosen_at >= began]),
     }
 
 

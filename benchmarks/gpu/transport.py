@@ -335,16 +335,16 @@ def llmd(end, checksums, piece_bytes):
     words = end.stage.view(end.torch.int64)
     side = end.torch.cuda.Stream() if DEVICE == "cuda" else None
 
-    def sums(layer, slots):
+    def sums(first, last, slots):
         if side is None:
             from llmd.adapters.nixl.slab import xxh3
 
-            return xxh3(end.stage[layer].numpy(), slots)
+            return xxh3(end.stage[first:last].numpy(), slots)
         from llmd.adapters.nixl.kernels import sum_of
 
         with end.torch.cuda.stream(side):
             index = end.torch.from_numpy(slots).to(DEVICE)
-            return sum_of(words[layer], index).cpu().numpy().view("uint64")
+            return sum_of(words[first:last], index).cpu().numpy().view("uint64").ravel()
 
     slab = Slab(
         layout=layout,
@@ -360,7 +360,7 @@ def llmd(end, checksums, piece_bytes):
         slab,
         KEY,
         checksums=checksums,
-        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=16),
+        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=8),
         wake=woken.set,
     )
     slots = list(range(PER_LAYER))
@@ -411,9 +411,11 @@ def llmd(end, checksums, piece_bytes):
 
 
 VARIANTS = {
-    "llmd, checked": lambda end: llmd(end, True, 1 << 24),
-    "llmd, unchecked": lambda end: llmd(end, False, 1 << 24),
-    "llmd, checked, 4 MiB pieces": lambda end: llmd(end, True, 1 << 22),
+    "llmd, checked": lambda end: llmd(end, True, 1 << 26),
+    "llmd, unchecked": lambda end: llmd(end, False, 1 << 26),
+    "llmd, checked, 16 MiB pieces": lambda end: llmd(end, True, 1 << 24),
+    "llmd, checked, 128 MiB pieces": lambda end: llmd(end, True, 1 << 27),
+    "llmd, unchecked, 256 MiB pieces": lambda end: llmd(end, False, 1 << 28),
     "staged, kernel, 1 piece": lambda end: staged(end, kernels, 1),
     "staged, kernel, 4 pieces": lambda end: staged(end, kernels, 4),
     "staged, kernel, 16 pieces": lambda end: staged(end, kernels, 16),

@@ -1,9 +1,12 @@
 """Figures of tenants."""
 
+import pathlib
 import random
+import runpy
 
 import pytest
 
+import llmd
 from llmd import balancer as b
 
 
@@ -61,3 +64,39 @@ def test_accounts_are_bounded_and_lose_no_totals(shop):
     kept = sum(account.prompt_tokens for _, account in accounts.items())
     assert kept + accounts.others.prompt_tokens == 507
     sim.end(busy)
+
+
+def test_metrics_tell_of_tenants_and_bands(shop):
+    prometheus = pytest.importorskip("prometheus_client")
+    from llmd.adapters.prometheus import ServerCollector
+    from llmd.live import Server
+
+    bands = b.Bands([b.Band(name="chat"), b.Band(name="batch")])
+    sim = shop(b.FlowControl(bands), places=1)
+    sim.token(sim.arrive("a", 30))
+    sim.arrive("b", 10, priority=1)
+    registry = prometheus.CollectorRegistry()
+    registry.register(ServerCollector(Server(sim.cluster)))
+
+    def value(name, /, **labels):
+        return registry.get_sample_value(name, labels)
+
+    assert value("llmd_tenant_waiting_requests", tenant="b") == 1
+    served = "llmd_tenant_served_tokens_total"
+    assert value(served, tenant="a", kind="prompt") == 30
+    assert value(served, tenant="a", kind="output") == 1
+    assert value("llmd_tenant_wait_seconds", tenant="a", quantile="0.99") < 1e-3
+    assert value("llmd_band_waiting_requests", band="batch") == 1
+    assert value("llmd_jain_index", name="llmd") == 0.5
+    sim.cluster.balancer = llmd.Fcfs()
+    assert value("llmd_jain_index", name="llmd") is None
+
+
+def test_the_example_shows_what_it_says(capsys):
+    here = pathlib.Path(__file__).parents[2]
+    runpy.run_path(str(here / "examples/fair_tenants.py"))["main"]()
+    p99 = [
+        float(line.split("p99")[1].split()[0])
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    assert p99[0] > 5 * max(p99[1:])

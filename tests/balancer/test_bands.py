@@ -18,7 +18,7 @@ def test_a_higher_band_goes_first_whatever_its_order(shop):
     sim.arrive(priority=1, id="batch")
     sim.arrive("x", priority=0, id="chat")
     sim.arrive("y", priority=-7, id="beyond the ends")
-    assert sim.drain() == ["running", "beyond the ends", "chat", "batch"]
+    assert sim.drain() == ["running", "chat", "beyond the ends", "batch"]
 
 
 def test_held_back_places_are_there_for_a_burst(shop):

@@ -1,12 +1,21 @@
 """What a quantum scheduler promises, on modelled GPUs."""
 
+import itertools
+
 import attrs
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from llmd.sim.gpu import Job
-from llmd.timeslice import GpuView, QuantumScheduler, Slot
+from llmd.sim.gpu import Job, SimGpu
+from llmd.timeslice import (
+    Asked,
+    FifoLock,
+    GpuArbiter,
+    GpuView,
+    QuantumScheduler,
+    Slot,
+)
 
 from .conftest import STEP_S, endless, run, worker
 
@@ -168,3 +177,17 @@ def test_a_longer_wait_ends_the_complaint():
     report = run(QuantumScheduler(overhead=0.1, max_wait_s=2.0), workers, until=20.0)
     assert report.complaints[0] is not None
     assert report.complaints[-1] is None
+
+
+def test_a_turn_that_another_policy_gave_is_owed_to_nobody():
+    workers = [worker(name, endless()) for name in "ab"]
+    gpu = SimGpu(GpuArbiter(FifoLock()), workers)
+    policy = QuantumScheduler(quantum_s=0.5)
+    gpu._at(10.0, lambda: setattr(gpu.arbiter, "policy", policy))
+    # The lock is asked when something happens, which is here never.
+    gpu._at(10.0, lambda: gpu._tell(Asked(10.0)))
+    turns = gpu.run(until=20.0).turns
+    assert turns[0].run_s > 9.9
+    assert all(turn.run_s < 0.6 for turn in turns[1:])
+    engines = [turn.engine for turn in turns]
+    assert all(one != other for one, other in itertools.pairwise(engines))

@@ -26,10 +26,10 @@ from llmd.transport import (
 from llmd.transport.local import held, multilinear
 from llmd.transport.outbox import Drop, Meet, Send, Write
 
-BLOCKS, LAYERS = 12, 2
+BLOCKS, LAYERS = 12, 3
 LAYOUT = Layout(model="m", dtype="u8", layers=LAYERS, block_tokens=1, block_bytes=8)
 TUNED = Settings(
-    piece_bytes=16, writes_in_flight=2, heartbeat_s=0.2, silence_s=3.0, max_attempts=3
+    piece_bytes=32, writes_in_flight=2, heartbeat_s=0.2, silence_s=3.0, max_attempts=3
 )
 KEY = b"k" * 32
 
@@ -57,8 +57,9 @@ class Network(RuleBasedStateMachine):
         return self.rng.integers(0, 256, shape, dtype=np.uint8)
 
     def endpoint(self, name):
-        def sums(layer, blocks):
-            return multilinear(self.memory[name][layer, blocks])
+        def sums(first, last, blocks):
+            held = self.memory[name][first:last, blocks]
+            return multilinear(held.reshape(-1, LAYOUT.block_bytes))
 
         return Endpoint(name, KEY, LAYOUT, BLOCKS, sums, TUNED, address=name.encode())
 
@@ -172,7 +173,8 @@ class Network(RuleBasedStateMachine):
         write = self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1)))
         self.copy(write)
         if damage:
-            self.memory["B"][write.layer, write.target[0], 3] ^= 0x10
+            last = write.layer + write.layers - 1
+            self.memory["B"][last, write.target[0], 3] ^= 0x10
         self.wires["B"].append(write.frame.seal(KEY, "A", "B"))
         self.ends["A"].wrote(write.token, None, self.now)
         self.settle()
@@ -187,8 +189,9 @@ class Network(RuleBasedStateMachine):
     def copy(self, write):
         taken = [b for bs in self.target_blocks.values() for b in bs]
         assert np.isin(write.target, taken).all(), "a write into blocks that are free"
-        source = self.memory["A"][write.layer, write.source]
-        self.memory["B"][write.layer, write.target] = source
+        layers = slice(write.layer, write.layer + write.layers)
+        source = self.memory["A"][layers, write.source]
+        self.memory["B"][layers, write.target] = source
 
     @rule(seconds=st.sampled_from([0.05, 0.3, 1.0]))
     def wait(self, seconds):

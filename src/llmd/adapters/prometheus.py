@@ -14,6 +14,7 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..balancer import Accounts, Bands
 from ..live import Server
 
 
@@ -33,6 +34,8 @@ class ServerCollector(Collector):
         """Yield the metrics of this moment."""
         yield from self._pool()
         yield from self._workers()
+        yield from self._tenants()
+        yield from self._bands()
         events = CounterMetricFamily(
             "llmd_events", "What went wrong and was made good", labels=["kind"]
         )
@@ -98,6 +101,47 @@ class ServerCollector(Collector):
         for worker, state in zip(workers.ids, workers.states, strict=True):
             states.add_metric([worker, state.value], 1.0)
         yield states
+
+    def _tenants(self) -> Iterator[Metric]:
+        """Yield what a balancer with accounts knows of tenants."""
+        accounts = getattr(self.server.cluster.balancer, "accounts", None)
+        if not isinstance(accounts, Accounts):
+            return
+        waiting = GaugeMetricFamily(
+            "llmd_tenant_waiting_requests", "Waiting in llmd", labels=["tenant"]
+        )
+        served = CounterMetricFamily(
+            "llmd_tenant_served_tokens", "Given to a tenant", labels=["tenant", "kind"]
+        )
+        waits = GaugeMetricFamily(
+            "llmd_tenant_wait_seconds",
+            "From arrival to dispatch, a quantile of all so far",
+            labels=["tenant", "quantile"],
+        )
+        for tenant, account in accounts.items():
+            name = str(tenant)
+            waiting.add_metric([name], account.waiting)
+            served.add_metric([name, "prompt"], account.prompt_tokens)
+            served.add_metric([name, "output"], account.output_tokens)
+            for part in (0.5, 0.99):
+                seconds = account.waits.quantile(part)
+                waits.add_metric([name, str(part)], seconds)
+        yield from (waiting, served, waits)
+        for short, what, value in (
+            ("service_gap", "Service between tenants that wait", accounts.service_gap),
+            ("jain_index", "Evenness of served tokens, 1 is even", accounts.jain()),
+        ):
+            yield _gauge(f"llmd_{short}", what, {"name": self.pool}, value)
+
+    def _bands(self) -> Iterator[Metric]:
+        order = getattr(self.server.cluster.balancer, "order", None)
+        if isinstance(order, Bands):
+            family = GaugeMetricFamily(
+                "llmd_band_waiting_requests", "Waiting in llmd", labels=["band"]
+            )
+            for band in order.of:
+                family.add_metric([band.name], band.waiting_requests)
+            yield family
 
 
 def _gauge(name: str, what: str, labels: dict[str, str], value: float) -> Metric:

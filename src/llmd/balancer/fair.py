@@ -100,8 +100,8 @@ class Vtc(Fair):
     tenant that begins to wait is lifted to the least counter of those who
     wait, so that idling earns nothing.  The service of two tenants that wait
     throughout an interval differs by at most 2 * max(prompt_weight * longest
-    prompt, output_weight * tokens that one tenant's running requests may
-    still generate), divided by weights.
+    prompt, output_weight * tokens that all running requests hold at once),
+    over the smaller weight.
 
     Attributes:
         prompt_weight: Cost of a prompt token.
@@ -156,7 +156,7 @@ class Drr(Vtc):
 
     The service of two tenants that wait throughout an interval differs by at
     most 2 * (quantum + prompt_weight * longest prompt + output_weight * tokens
-    that one tenant's running requests may still generate).
+    that all running requests hold at once).
 
     Attributes:
         quantum: Tokens a round, at weight 1.0.

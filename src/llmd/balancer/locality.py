@@ -79,8 +79,7 @@ class Dlpm(Vtc):
     has had, counted in quanta, says how often it was refilled, so a refill
     costs nothing.  The service of two tenants that wait throughout an
     interval differs by at most 2 * (quantum + prompt_weight * longest prompt
-    + output_weight * tokens that one tenant's running requests may still
-    generate).
+    + output_weight * tokens that all running requests hold at once).
 
     How much of a prompt is cached changes while it waits.  It is looked up
     on arrival, again when a request that shares a prefix is dispatched, and

@@ -55,6 +55,7 @@ class QuantumScheduler(TimeSlice):
     _overtaken: set[str] = attrs.field(factory=set, init=False)
     _cut: set[str] = attrs.field(factory=set, init=False)
     _ahead: bool = attrs.field(default=False, init=False)
+    _granted: str | None = attrs.field(default=None, init=False)
     _allowed: float = attrs.field(default=0.0, init=False)
     _alone: bool = attrs.field(default=False, init=False)
     _alone_until: float = attrs.field(default=-math.inf, init=False)
@@ -70,7 +71,8 @@ class QuantumScheduler(TimeSlice):
             return Turn(running)
         self._meet(view.now)
         own = view.slot(running)
-        left = self._allowed - self._used(view.turn_s, view)
+        mine = running == self._granted
+        left = self._allowed - self._used(view.turn_s, view) if mine else 0.0
         if own.requests == 0 or left <= 0:
             return Turn(self._likely(view, running))
         urgent = self._urgent(view, [(own, left), *self._rivals(view, running)])
@@ -83,6 +85,12 @@ class QuantumScheduler(TimeSlice):
     def ran(self, engine: str, run_s: float, switch_s: float, view: GpuView) -> None:
         self._enlist(view)
         self._meet(view.now)
+        if engine != self._granted:
+            # Another policy gave this turn: it is not owed, but it was had.
+            self._ring.remove(engine)
+            self._ring.append(engine)
+            return
+        self._granted = None
         deficit = self._deficits[engine] - self._used(run_s, view)
         if self._ahead:
             # It caused the switch to itself and the one back.
@@ -191,7 +199,7 @@ class QuantumScheduler(TimeSlice):
             if slot.engine == urgent.engine:
                 break
             self._overtaken.add(slot.engine)
-        self._ahead = True
+        self._ahead, self._granted = True, urgent.engine
         self._allowed = self.turn_s(urgent, view)
         return Turn(urgent.engine, self._allowed)
 
@@ -213,7 +221,7 @@ class QuantumScheduler(TimeSlice):
             # would make every other turn a double one.
             if self._deficits[name] >= min(self.min_turn_s, full / 2):
                 self._overtaken.discard(name)
-                self._ahead = False
+                self._ahead, self._granted = False, name
                 self._allowed = self._deficits[name]
                 return Turn(name, self._allowed)
         raise AssertionError("a ring without engines")

@@ -1,7 +1,7 @@
 """What transports say to each other: one frame format, sealed.
 
-    kind, version, attempt, layer, start, generation, lengths | request | text |
-    values | seal
+    kind, version, attempt, layer, layers, start, blocks, generation, lengths |
+    request | text | values | seal
 
 Little endian.  `values` are unsigned 64-bit numbers whose meaning depends on
 the kind.  The seal is a keyed BLAKE2b over the frame and the ids of sender and
@@ -25,7 +25,7 @@ from ..errors import TransferError
 from .interface import PeerId, TransferId
 
 VERSION = 1
-_HEAD = struct.Struct("<BBHIIQHII")
+_HEAD = struct.Struct("<BBHHHIIQHII")
 _SEAL_BYTES = 16
 _NOTHING: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
@@ -41,11 +41,12 @@ class Kind(enum.IntEnum):
     """Write to blocks *values*, from offered block *start* on; *layer* is 1 if
     the offer may come later, *attempt* is unused; text is the time left in ms."""
     DATA = 3
-    """Blocks *start*.. of *layer* are written; values are their checksums."""
+    """*blocks* blocks from *start* of each of *layers* layers from *layer* are
+    written; values are their checksums, layer by layer."""
     ACK = 4
-    """Blocks *start*.. of *layer* are right, values[0] of them."""
+    """All of those blocks are right."""
     NACK = 5
-    """Of those blocks, the ones at *values* are damaged."""
+    """All but the ones at *values*, counted layer by layer, are right."""
     ABORT = 6
     """Stop writing, and say FAIL when no write is in flight."""
     FAIL = 7
@@ -74,6 +75,8 @@ class Frame:
     start: int = 0
     values: Words = attrs.field(default=_NOTHING)
     text: bytes = b""
+    layers: int = 1
+    blocks: int = 0
 
     @functools.cached_property
     def id(self) -> TransferId:
@@ -88,7 +91,9 @@ class Frame:
             VERSION,
             self.attempt,
             self.layer,
+            self.layers,
             self.start,
+            self.blocks,
             self.generation,
             len(request),
             len(self.text),
@@ -107,9 +112,8 @@ class Frame:
         body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
         if not hmac.compare_digest(seal, _seal(body, key, sender, receiver)):
             raise TransferError("a frame is not sealed with the shared key")
-        kind, version, attempt, layer, start, generation, *lengths = _HEAD.unpack_from(
-            body
-        )
+        kind, version, attempt, *head = _HEAD.unpack_from(body)
+        layer, layers, start, blocks, generation, *lengths = head
         if version != VERSION:
             raise TransferError(f"frame version {version} there, {VERSION} here")
         text_at = _HEAD.size + lengths[0]
@@ -123,6 +127,8 @@ class Frame:
             start,
             np.frombuffer(body, np.uint64, lengths[2], values_at),
             body[text_at:values_at],
+            layers,
+            blocks,
         )
 
 

@@ -202,7 +202,8 @@ class LocalTransport(KVTransport):
                 data = frame.seal(mine.key, mine.id, peer)
                 link.at(link.now() + link.latency_s, lambda: self._send(peer, data))
             case Write():
-                moved_bytes = len(effect.source) * mine.layout.block_bytes
+                moved_blocks = len(effect.source) * effect.layers
+                moved_bytes = moved_blocks * mine.layout.block_bytes
                 link.at(link.reserve(moved_bytes), lambda: self._write(effect))
             case Meet(peer=peer, address=address):
                 try:
@@ -226,14 +227,16 @@ class LocalTransport(KVTransport):
         if self._closed:
             return
         if end is not None:
-            end._slab[write.layer, write.target] = self._slab[write.layer, write.source]
+            layers = slice(write.layer, write.layer + write.layers)
+            end._slab[layers, write.target] = self._slab[layers, write.source]
             self._send(write.peer, write.frame.seal(mine.key, mine.id, write.peer))
         error = None if end is not None else "the peer is gone"
         mine.wrote(write.token, error, self._link.now())
         self._carry()
 
-    def _sums(self, layer: int, blocks: Blocks) -> Words:
-        return multilinear(self._slab[layer, blocks])
+    def _sums(self, first: int, last: int, blocks: Blocks) -> Words:
+        held = self._slab[first:last, blocks]
+        return multilinear(held.reshape(-1, held.shape[2]))
 
 
 def multilinear(blocks: NDArray[np.uint8]) -> Words:

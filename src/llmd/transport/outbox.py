@@ -14,8 +14,9 @@ from .frames import Frame, Words
 from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
 
 Blocks: TypeAlias = NDArray[np.int64]
-Sums: TypeAlias = Callable[[int, Blocks], Words]
-"""Checksums of blocks of a layer of the slab."""
+Sums: TypeAlias = Callable[[int, int, Blocks], Words]
+"""Checksums of *blocks* in each layer from the first to before the second,
+layer by layer, shape (layers * n,)."""
 
 
 @attrs.frozen(eq=False)
@@ -28,7 +29,9 @@ class Send:
 
 @attrs.frozen(eq=False)
 class Write:
-    """Copy blocks of *layer* to *peer*, then deliver *frame* there.
+    """Copy blocks of some layers to *peer*, then deliver *frame* there.
+
+    The blocks are the same in each of *layers* layers from *layer*.
 
     Report the end of it to `Endpoint.wrote` under *token*, success or not, and
     not before the last byte has moved.
@@ -37,6 +40,7 @@ class Write:
     token: int
     peer: PeerId
     layer: int
+    layers: int
     source: Blocks
     target: Blocks
     frame: Frame
@@ -65,8 +69,9 @@ class Settings:
     """How transfers are cut, watched and retried.
 
     Attributes:
-        piece_bytes: Most bytes of one write.  Small enough that checking one
-            piece overlaps with writing the next, and stays in the cache.
+        piece_bytes: Most bytes of one write, which takes in as many layers as
+            are ready.  Small enough that checking one piece overlaps with
+            writing the next; on a CPU it also stays in the cache then.
         writes_in_flight: At once, to all peers.
         max_attempts: Writes of one block before the transfer fails.
         heartbeat_s: Between signs of life while transfers are open.

@@ -2,149 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import count
 
 import attrs
-import numpy as np
-from numpy.typing import NDArray
 
 from .frames import Frame, Kind, about
 from .interface import Offer, PeerId, Side, TransferId
-from .outbox import Blocks, Outbox, Settings, Sums, Write
-
-
-@attrs.frozen
-class Piece:
-    """A run of blocks of one layer, written at once."""
-
-    layer: int
-    start: int
-    blocks: int
-    attempt: int = 0
-
-
-@attrs.define(eq=False)
-class Outgoing:
-    """One offer, from `offer` until its blocks are free.
-
-    offered -> asked -> every block acknowledged -> free
-       |         |
-       +---------+-> failed -> no write in flight -> free
-
-    Attributes:
-        offer: It.
-        layers: Layers of the slab.
-        ends_at: When it is given up.
-        peer: Who asked for it.
-        error: Why it failed.
-        flying: Writes not ended yet, by token.
-        retransmitted_blocks: Blocks sent more than once.
-    """
-
-    offer: Offer
-    layers: int
-    ends_at: float
-    peer: PeerId | None = None
-    error: str | None = None
-    flying: dict[int, Piece] = attrs.field(factory=dict)
-    retransmitted_blocks: int = 0
-    _source: Blocks = attrs.field(init=False)
-    _target: Blocks = attrs.field(factory=lambda: np.empty(0, dtype=np.int64))
-    _ready: set[int] = attrs.field(factory=set)
-    _queue: deque[Piece] = attrs.field(factory=deque)
-    _left: NDArray[np.bool_] | None = None
-    _missing: int = 0
-
-    def __attrs_post_init__(self) -> None:
-        self._source = np.array(self.offer.blocks, dtype=np.int64)
-
-    def ask(self, peer: PeerId, frame: Frame, piece_blocks: int) -> str | None:
-        """Take in what the peer wants; return why it cannot be, if so."""
-        wanted = len(frame.values)
-        if not 0 < wanted <= len(self.offer.blocks) - frame.start:
-            return (
-                f"{wanted} blocks from {frame.start} on, {len(self.offer.blocks)} are"
-            )
-        self.peer, self._source = peer, self._source[frame.start :]
-        self._target = frame.values.astype(np.int64)
-        self._left = np.ones((self.layers, wanted), dtype=np.bool_)
-        self._missing = self.layers * wanted
-        ready = range(self.layers) if self.offer.ready else sorted(self._ready)
-        for layer in ready:
-            self._cut(layer, piece_blocks)
-        return None
-
-    def ready(self, layer: int, piece_blocks: int) -> None:
-        """Let a layer go."""
-        if self.offer.ready or layer in self._ready:
-            return
-        self._ready.add(layer)
-        if self._left is not None:
-            self._cut(layer, piece_blocks)
-
-    def next_piece(self) -> Piece | None:
-        """Return what to write next, if anything may be."""
-        return self._queue.popleft() if self._queue and self.error is None else None
-
-    def write(self, token: int, piece: Piece, sums: Sums | None) -> Write:
-        """Put a piece in flight."""
-        assert self.peer is not None, "a piece was cut before anybody asked"
-        self.flying[token] = piece
-        stop = piece.start + piece.blocks
-        source = self._source[piece.start : stop]
-        # Without checksums the length alone says how many blocks came.
-        words = np.zeros(piece.blocks, dtype=np.uint64)
-        if sums is not None:
-            words = sums(piece.layer, source)
-        frame = Frame(
-            Kind.DATA,
-            self.offer.id.request,
-            self.offer.id.generation,
-            piece.layer,
-            piece.attempt,
-            piece.start,
-            words,
-        )
-        target = self._target[piece.start : stop]
-        return Write(token, self.peer, piece.layer, source, target, frame)
-
-    def answered(self, frame: Frame, max_attempts: int) -> None:
-        """Take in an ACK or a NACK."""
-        if self._left is None or frame.layer >= self.layers:
-            return
-        if frame.kind is Kind.ACK:
-            stop = frame.start + int(frame.values[0])
-            left = self._left[frame.layer, frame.start : stop]
-            self._missing -= int(np.count_nonzero(left))
-            left[:] = False
-            return
-        if frame.attempt + 1 >= max_attempts:
-            self.error = f"blocks arrived damaged {max_attempts} times"
-            return
-        for start, stop in _runs(frame.values):
-            piece = Piece(frame.layer, start, stop - start, frame.attempt + 1)
-            self._queue.appendleft(piece)
-            self.retransmitted_blocks += piece.blocks
-
-    @property
-    def over(self) -> bool:
-        """Nothing of it is in flight or will be."""
-        if self.flying:
-            return False
-        done = self._left is not None and not self._missing
-        return done or self.error is not None
-
-    @property
-    def eager(self) -> bool:
-        """There is something to write."""
-        return bool(self._queue) and self.error is None
-
-    def _cut(self, layer: int, piece_blocks: int) -> None:
-        wanted = len(self._target)
-        for start in range(0, wanted, piece_blocks):
-            blocks = min(piece_blocks, wanted - start)
-            self._queue.append(Piece(layer, start, blocks))
+from .outbox import Outbox, Settings, Sums
+from .outgoing import Outgoing
 
 
 @attrs.define(eq=False)
@@ -273,7 +138,7 @@ class Sources:
         while eager and len(self.flying) < self.settings.writes_in_flight:
             id = next(iter(eager))
             outgoing = eager.pop(id)
-            piece = outgoing.next_piece()
+            piece = outgoing.next_piece(self.piece_blocks)
             if piece is None:
                 continue
             token = next(self._tokens)
@@ -315,12 +180,3 @@ class Sources:
 
     def _refuse(self, peer: PeerId, id: TransferId, reason: str) -> None:
         self.outbox.send(peer, about(Kind.FAIL, id, reason))
-
-
-def _runs(positions: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Return the (start, stop) of each run of consecutive *positions*."""
-    if not len(positions):
-        return []
-    ordered = np.sort(positions).astype(np.int64)
-    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(ordered, breaks)]

@@ -51,24 +51,28 @@ class Incoming:
         """Check what DATA says has arrived.
 
         Returns:
-            Positions that are damaged, shape (n,); None if the frame is stale.
+            Which of its blocks are damaged, counted layer by layer, shape (n,);
+            None if the frame is stale.
         """
-        span = slice(frame.start, frame.start + len(frame.values))
-        if frame.layer >= self.layers or span.stop > len(self._blocks):
+        last, stop = frame.layer + frame.layers, frame.start + frame.blocks
+        if last > self.layers or stop > len(self._blocks):
             return None
-        due = self._due[frame.layer, span]
-        if not len(due) or not (due == frame.attempt).all():
+        due = self._due[frame.layer : last, frame.start : stop]
+        if not due.size or not (due == frame.attempt).all():
             return None
         if sums is not None:
-            wrong = sums(frame.layer, self._blocks[span]) != frame.values
+            found = sums(frame.layer, last, self._blocks[frame.start : stop])
+            if found.shape != frame.values.shape:
+                return None
+            wrong = found != frame.values
             if wrong.any():
-                due[:] = np.where(wrong, frame.attempt + 1, -1)
-                damaged = np.flatnonzero(wrong) + frame.start
+                due[:] = np.where(wrong.reshape(due.shape), frame.attempt + 1, -1)
+                damaged = np.flatnonzero(wrong)
                 self.damaged_blocks += len(damaged)
-                self._missing -= len(due) - len(damaged)
+                self._missing -= due.size - len(damaged)
                 return damaged
         due[:] = -1
-        self._missing -= len(due)
+        self._missing -= due.size
         return _NONE
 
     @property
@@ -140,12 +144,8 @@ class Targets:
                 frame, kind=Kind.NACK, values=damaged.astype(np.uint64), text=b""
             )
             self.outbox.send(peer, nack)
-            good = np.ones(len(frame.values), dtype=np.bool_)
-            good[damaged - frame.start] = False
-            for position in np.flatnonzero(good):
-                self._acknowledge(peer, frame, frame.start + int(position), 1)
             return False
-        self._acknowledge(peer, frame, frame.start, len(frame.values))
+        self._acknowledge(peer, frame)
         if not incoming.complete:
             return False
         self._ended(incoming, now)
@@ -206,11 +206,16 @@ class Targets:
             return None
         return incoming
 
-    def _acknowledge(self, peer: PeerId, frame: Frame, start: int, blocks: int) -> None:
-        values = np.array([blocks], dtype=np.uint64)
-        layer, attempt = frame.layer, frame.attempt
+    def _acknowledge(self, peer: PeerId, frame: Frame) -> None:
         ack = Frame(
-            Kind.ACK, frame.request, frame.generation, layer, attempt, start, values
+            Kind.ACK,
+            frame.request,
+            frame.generation,
+            frame.layer,
+            frame.attempt,
+            frame.start,
+            layers=frame.layers,
+            blocks=frame.blocks,
         )
         self.outbox.send(peer, ack)
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import attrs
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import TransferError
 from ...transport.endpoint import Endpoint
 from ...transport.handshake import Address
 from ...transport.interface import PeerId
-from ...transport.outbox import Drop, Effect, Meet, Send, Write
+from ...transport.outbox import Blocks, Drop, Effect, Meet, Send, Write
 from .slab import Slab, descriptors
 
 _log = logging.getLogger(__name__)
@@ -164,15 +165,15 @@ class Carrier:
     def _write(self, write: Write) -> None:
         blocks = self.slab.blocks
         reached = self._reached[write.peer]
-        source = write.source + write.layer * blocks
-        target = write.target + write.layer * reached.address.blocks
+        source = across(write.layer, write.layers, write.source, blocks)
+        target = across(write.layer, write.layers, write.target, reached.address.blocks)
         # NIXL merges neighbours itself where they are neighbours on both sides.
         handle = self._agent.make_prepped_xfer(
             "WRITE",
             self._local,
-            source.astype(np.int32),
+            source,
             reached.blocks,
-            target.astype(np.int32),
+            target,
             write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer),
         )
         self._flying[write.token] = (write.peer, handle)
@@ -230,3 +231,17 @@ class Carrier:
         rows = descriptors(bases, blocks, self.slab.layout.block_bytes, device)
         listed = self._agent.get_xfer_descs(rows, memory or self.slab.memory)
         return self._agent.prep_xfer_dlist(agent, listed)
+
+
+def across(
+    first: int, layers: int, blocks: Blocks, blocks_a_layer: int
+) -> NDArray[np.int32]:
+    """Return where *blocks* of each of some layers are in a list of all blocks.
+
+    >>> across(2, 2, np.array([0, 5]), 10).tolist()
+    [20, 25, 30, 35]
+    """
+    if layers == 1:
+        return (blocks + first * blocks_a_layer).astype(np.int32)
+    starts = np.arange(first, first + layers, dtype=np.int32) * blocks_a_layer
+    return (starts[:, None] + blocks.astype(np.int32)).ravel()

@@ -61,14 +61,15 @@ def _move(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(layer, index, sums, words, size: tl.constexpr):
+def _sum(slab, index, sums, blocks, words, slot_stride, size: tl.constexpr):
     part = tl.program_id(0)
     block = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
     at = part * size + tl.arange(0, size)
-    row = layer + tl.load(index + block) * words
+    row = slab + layer * slot_stride + tl.load(index + block) * words
     values = tl.load(row + at, mask=at < words, other=0)
     weights = (at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1
-    tl.atomic_add(sums + block, tl.sum(values * weights, axis=0))
+    tl.atomic_add(sums + layer * blocks + block, tl.sum(values * weights, axis=0))
 
 
 def move(
@@ -112,17 +113,18 @@ def move(
     )
 
 
-def sum_of(layer: Any, index: Any) -> Any:
-    """Return the checksums of blocks of a slab's layer, int64, shape (n,).
+def sum_of(slab: Any, index: Any) -> Any:
+    """Return the checksums of blocks of layers of a slab, int64, (layers, n).
 
     Args:
-        layer: Int64 on the GPU, contiguous, shape (slots, block_words).
+        slab: Int64 on the GPU, each layer contiguous, shape (layers, slots,
+            block_words).
         index: Slots, int64 on the GPU, shape (n,).
     """
-    sums = torch.zeros(len(index), dtype=torch.int64, device=layer.device)
-    words = layer.shape[1]
-    _sum[(triton.cdiv(words, _WORDS), len(index))](
-        layer, index, sums, words, size=_WORDS
+    layers, _, words = slab.shape
+    sums = torch.zeros((layers, len(index)), dtype=torch.int64, device=slab.device)
+    _sum[(triton.cdiv(words, _WORDS), len(index), layers)](
+        slab, index, sums, len(index), words, slab.stride(0), size=_WORDS
     )
     return sums
 

@@ -25,7 +25,7 @@ class Slab:
         bases: Address of each layer, `layout.layers` of them.
         memory: "DRAM" or "VRAM".
         device: Which GPU, for VRAM.
-        sums: Checksums of blocks of a layer; None if there is no way to read
+        sums: Checksums of blocks of some layers; None if there is no way to read
             the memory from here.
         enter: Called once in the thread that carries blocks, before anything
             else; a GPU's context must be current there.
@@ -66,7 +66,7 @@ class Slab:
             layout=layout,
             blocks=array.shape[1],
             bases=bases,
-            sums=lambda layer, blocks: xxh3(array[layer], blocks),
+            sums=lambda first, last, blocks: xxh3(array[first:last], blocks),
             owner=array,
         )
 
@@ -93,8 +93,14 @@ def descriptors(
     return rows.reshape(-1, 3)
 
 
-def xxh3(layer: NDArray[np.uint8], blocks: Blocks) -> Words:
-    """Checksum *blocks* of *layer*, (blocks, block_bytes), at 8-12 GB/s a core."""
+def xxh3(layers: NDArray[np.uint8], blocks: Blocks) -> Words:
+    """Checksum *blocks* of each of *layers*, at 8-12 GB/s a core.
+
+    Args:
+        layers: Shape (layers, blocks, block_bytes).
+        blocks: Which, shape (n,).
+    """
     from xxhash import xxh3_64_intdigest  # the wheel of the extra
 
-    return np.array([xxh3_64_intdigest(layer[i]) for i in blocks], dtype=np.uint64)
+    sums = [xxh3_64_intdigest(layer[i]) for layer in layers for i in blocks]
+    return np.array(sums, dtype=np.uint64)

@@ -37,8 +37,8 @@ class Mover(abc.ABC):
         """Copy slots into blocks of the caches."""
 
     @abc.abstractmethod
-    def sums(self, layer: int, slots: Blocks) -> Words:
-        """Checksum slots of a layer."""
+    def sums(self, first: int, last: int, slots: Blocks) -> Words:
+        """Checksum slots of the layers from *first* to before *last*."""
 
 
 def mover(layers: Sequence[Any], slab: Any) -> Mover:
@@ -75,8 +75,8 @@ class TorchMover(Mover):
             values = staged[place].contiguous().view(layer.dtype)
             layer[index] = values.view(len(blocks), *layer.shape[1:])
 
-    def sums(self, layer: int, slots: Blocks) -> Words:
-        return xxh3(self._slab[layer].cpu().numpy(), slots)
+    def sums(self, first: int, last: int, slots: Blocks) -> Words:
+        return xxh3(self._slab[first:last].cpu().numpy(), slots)
 
     def _index(self, numbers: Sequence[int]) -> Any:
         return torch.tensor(numbers, dtype=torch.long, device=self._slab.device)
@@ -113,12 +113,12 @@ class KernelMover(Mover):
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         self._move(blocks, slots, gather=False)
 
-    def sums(self, layer: int, slots: Blocks) -> Words:
+    def sums(self, first: int, last: int, slots: Blocks) -> Words:
         # In a stream of its own: the engine's may be busy for a long time.
         with torch.cuda.device(self._slab.device), torch.cuda.stream(self._side):
             index = torch.from_numpy(slots).to(self._slab.device)
-            found = self._kernels.sum_of(self._slab[layer], index).cpu()
-        return np.asarray(found.numpy().view(np.uint64))
+            found = self._kernels.sum_of(self._slab[first:last], index).cpu()
+        return np.asarray(found.numpy().view(np.uint64).ravel())
 
     def _move(
         self, blocks: Sequence[int], slots: Sequence[int], *, gather: bool
