@@ -43,7 +43,7 @@ def in_engine(session: nox.Session, *command: str) -> None:
         ("-e", "."),
     ):
         session.run(*pip, *what, external=True)
-    session.run(python, *command, *session.posargs, env=QUIET, external=True)
+    session.run(python, *command, env=QUIET, external=True)
 
 
 @nox.session
@@ -79,8 +79,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def vllm(session: nox.Session) -> None:
-    """Run the tests on real engines."""
-    in_engine(session, "-m", "pytest", "-m", "vllm", "tests")
+    """Run the tests on real engines, or those named behind `--`."""
+    in_engine(session, "-m", "pytest", "-m", "vllm", *(session.posargs or ["tests"]))
 
 
 @nox.session(venv_backend="none")
@@ -92,13 +92,13 @@ def nixl(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Route to two real engines and show the proof."""
-    in_engine(session, "examples/demo.py")
+    in_engine(session, "examples/demo.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def study(session: nox.Session) -> None:
     """Run the matrix of the GH200 study on real engines."""
-    in_engine(session, "examples/gh200_study.py")
+    in_engine(session, "examples/gh200_study.py", *session.posargs)
 
 
 @nox.session
