@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--connector", default="LlmdConnector")
     parser.add_argument("--staging-gb", type=float, default=4.0)
     parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     for name, value in (
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"),
@@ -177,8 +178,8 @@ def main():
         os.environ.setdefault(name, value)
     rows = asyncio.run(measure(options))
     result = {"connector": options.connector, "rows": rows}
-    if os.environ.get("OUT"):
-        with open(os.path.join(os.environ["OUT"], "handoff.json"), "w") as file:
+    if options.json:
+        with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
     print(json.dumps(result))
 

@@ -551,7 +551,7 @@ def run_part(name: str, out: Path) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("OUT", "out"))
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
     out.mkdir(parents=True, exist_ok=True)
     if len(sys.argv) > 2:
         run_part(sys.argv[2], out)

@@ -535,6 +535,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--limit-s", type=float, default=165.0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     until = time.monotonic() + options.limit_s
     # The kernel of one variant lives in a file, as triton reads its source.
@@ -555,8 +556,8 @@ def main():
         rows.append(measure(variant))
         print(json.dumps(rows[-1]), flush=True)
     result = {"bytes": BYTES, "blocks": BLOCKS, "machine": machine(), "rows": rows}
-    if os.environ.get("OUT"):
-        with open(os.path.join(os.environ["OUT"], "transport.json"), "w") as file:
+    if options.json:
+        with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
     print(json.dumps(result))
 

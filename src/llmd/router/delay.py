@@ -10,7 +10,7 @@ import numpy as np
 from ..decision import Term
 from ..machines import Machine
 from ..types import Request, Tier
-from ..view import Floats, Ints, View, Workers
+from ..view import Floats, View, Workers
 from .interface import TermRouter
 from .rates import Rates
 
@@ -92,7 +92,9 @@ class LeastDelay(TermRouter):
         # One column shown four times, as an index without slower tiers gives.
         if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
             loaded = cached - held[:, Tier.GPU]
-            terms.append(Term("load", loaded, "tokens", self._load_s(held, workers)))
+            terms.append(
+                Term("load", loaded, "tokens", self._rates.load_s(held, workers))
+            )
         return tuple(terms)
 
     def _others(self, workers: Workers, waiting: Floats) -> Floats:
@@ -109,13 +111,6 @@ class LeastDelay(TermRouter):
         decoding += workers.running_requests * machine.decode_s_per_request
         part: Floats = decoding / machine.prefill_s(float(self.step_tokens))
         return part
-
-    def _load_s(self, held: Ints, workers: Workers) -> Floats:
-        """Seconds to load what lies in slower tiers, shape (W,)."""
-        tokens = np.diff(held, axis=1, prepend=0)
-        tokens[:, Tier.GPU] = 0
-        seconds: Floats = (tokens * self._rates.load_s_per_token(workers)).sum(axis=1)
-        return seconds
 
 
 def _queued_s(machine: Machine, queued: Floats, waiting: Floats) -> Floats:

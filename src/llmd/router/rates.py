@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..machines import Machine
 from ..types import Tier
-from ..view import Floats, Workers
+from ..view import Floats, Ints, Workers
 
 
 @attrs.frozen(eq=False)
@@ -59,7 +59,19 @@ class Rates:
         rates: dict[str, Any] = {n: c[kinds] for n, c in self._columns.items()}
         return attrs.evolve(self.default, **rates)
 
-    def load_s_per_token(self, workers: Workers) -> Floats:
+    def load_s(self, held: Ints, workers: Workers) -> Floats:
+        """Return the seconds to load what lies in slower tiers, shape (W,).
+
+        Args:
+            held: Tokens in each tier or a faster one, shape (W, tiers).
+            workers: Of the rows of *held*.
+        """
+        tokens = np.diff(held, axis=1, prepend=0)
+        tokens[:, Tier.GPU] = 0
+        seconds: Floats = (tokens * self._load_s_per_token(workers)).sum(axis=1)
+        return seconds
+
+    def _load_s_per_token(self, workers: Workers) -> Floats:
         """Return the seconds to load a token from each tier, (W, tiers)."""
         if len(self._profiles) == 1:
             return self._loads

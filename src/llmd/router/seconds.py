@@ -10,7 +10,7 @@ import numpy as np
 from ..decision import Term
 from ..machines import Machine
 from ..types import Request, Tier
-from ..view import Floats, Ints, View, Workers
+from ..view import Floats, View
 from .interface import TermRouter
 from .rates import Rates
 
@@ -64,7 +64,9 @@ class EarliestFirstToken(TermRouter):
         # One column shown four times, as an index without slower tiers gives.
         if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
             loaded = cached - held[:, Tier.GPU]
-            terms.append(Term("load", loaded, "tokens", self._load_s(held, workers)))
+            terms.append(
+                Term("load", loaded, "tokens", self._rates.load_s(held, workers))
+            )
         if self.decode_weight:
             running = workers.running_requests.astype(np.float64)
             slowed = running * machine.decode_s_per_request
@@ -72,10 +74,3 @@ class EarliestFirstToken(TermRouter):
                 Term("running", running, "requests", slowed, self.decode_weight)
             )
         return tuple(terms)
-
-    def _load_s(self, held: Ints, workers: Workers) -> Floats:
-        """Seconds to load what lies in slower tiers, shape (W,)."""
-        tokens = np.diff(held, axis=1, prepend=0)
-        tokens[:, Tier.GPU] = 0
-        seconds: Floats = (tokens * self._rates.load_s_per_token(workers)).sum(axis=1)
-        return seconds
