@@ -26,14 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def pytest_configure(config):
-    # vLLM leaves its ZMQ contexts to the garbage collector, at any later time.
-    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
-    config.addinivalue_line(
-        "filterwarnings", "ignore:Exception ignored in. <function Context.__del__"
-    )
-
-
 def pytest_collection_modifyitems(items):
     here = os.path.dirname(__file__)
     for item in items:

@@ -1,6 +1,7 @@
 """llmd's own KV transport between two real engines: tokens as if there were one."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -153,8 +154,8 @@ async def test_a_client_that_leaves_in_the_middle_leaks_nothing(pair):
         task = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.003 * i)
         task.cancel()
-        with pytest.raises((asyncio.CancelledError, StopAsyncIteration)):
-            await task
+        with contextlib.suppress(asyncio.CancelledError):
+            await task  # a fast engine may have answered: it left all the same
         await stream.aclose()
     transfer = await pair.hand_over(asked("zp", 900, 300))
     got = await pair.decoded(asked("zd", 900, 300), transfer)

@@ -43,7 +43,7 @@ async def small(models):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """Make a LoRA adapter with random weights; return where it is."""
+    """Make a LoRA adapter whose part outweighs the model's; return where it is."""
     import torch
     from safetensors.torch import save_file
 
@@ -51,7 +51,7 @@ def adapter(tmp_path_factory):
     random = torch.Generator().manual_seed(0)
     weights = {}
     for layer in range(2):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        name = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
         for part, shape in (("lora_A", (8, 128)), ("lora_B", (128, 8))):
             weights[f"{name}.{part}.weight"] = torch.randn(shape, generator=random)
     save_file(weights, path / "adapter_model.safetensors")
@@ -59,7 +59,7 @@ def adapter(tmp_path_factory):
         "peft_type": "LORA",
         "r": 8,
         "lora_alpha": 64,
-        "target_modules": ["q_proj"],
+        "target_modules": ["o_proj"],
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }
