@@ -224,8 +224,20 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def runs_of(turns: list[TurnTaken]) -> list[TurnTaken]:
+    """Join turns of one engine that follow each other: nothing was switched."""
+    joined: list[TurnTaken] = []
+    for turn in turns:
+        if joined and joined[-1].engine == turn.engine:
+            joined[-1] = attrs.evolve(joined[-1], ended_at=turn.ended_at)
+        else:
+            joined.append(turn)
+    return joined
+
+
 def of_turns(turns: list[TurnTaken]) -> dict[str, Any]:
     """What switching cost, from the second turn on."""
+    turns = runs_of(turns)
     switches = [turn.began_at - turn.chosen_at for turn in turns[1:]]
     gaps = [
         later.began_at - turn.ended_at
@@ -235,14 +247,15 @@ def of_turns(turns: list[TurnTaken]) -> dict[str, Any]:
         ]
         if later is not None
     ]
-    ran = sum(turn.run_s for turn in turns)
-    took = turns[-1].ended_at - turns[0].began_at if turns else math.nan
+    # Whole cycles: from the end of a switch to the end of a later one.
+    ran = sum(turn.ended_at - turn.began_at for turn in turns[:-1])
+    took = turns[-1].began_at - turns[0].began_at if len(turns) > 1 else math.nan
     return {
         "turns": len(turns),
         "switch_s": spread(switches),
         "gap_s": spread(gaps),
-        "run_s": spread([turn.run_s for turn in turns]),
-        "waste": 1 - ran / took if turns else math.nan,
+        "run_s": spread([turn.ended_at - turn.began_at for turn in turns[:-1]]),
+        "waste": 1 - ran / took if len(turns) > 1 else math.nan,
         "timeline": [
             [
                 t.engine,
@@ -519,10 +532,14 @@ def against_formula(values: dict[str, Any], quantum_s: float) -> dict[str, Any]:
 
 async def stop_and_start(engine: RawEngine) -> dict[str, float]:
     """The switch of those who cannot sleep: stop an engine, start it again."""
-    began = time.perf_counter()
+    began, held = time.perf_counter(), used_bytes()
     await engine.stop()
+    # The driver takes memory back some time after the process is gone.
+    async with asyncio.timeout(20):
+        while used_bytes() > held - engine.kv_bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     stopped = time.perf_counter() - began
-    fresh = RawEngine(engine.utilization, 4 * GIB)
+    fresh = RawEngine(engine.utilization, engine.kv_bytes)
     try:
         await fresh.start("again", None, None)
         return {"stop_s": stopped, "start_s": time.perf_counter() - began - stopped}

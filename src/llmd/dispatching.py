@@ -85,18 +85,16 @@ def _refresh(core: Core) -> list[c.Command]:
 
 def _place(core: Core, request: Request) -> Decision | None:
     """Ask the policies where *request* may and should go now."""
-    able = core.fleet.serving(request.model, request.lora)
     tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-    view = core.view.only(able & (core.view.workers.max_model_tokens >= tokens))
+    view = core.view.only(core.fleet.serving(request.model, request.lora, tokens))
     room = np.asarray(core.balancer.room(request, view))
     if room.shape != (len(view.workers),) or room.dtype != np.bool_:
         raise PolicyError(
             f"{core.balancer!r} gave room {room.dtype}{room.shape} for"
             f" {len(view.workers)} workers"
         )
-    if not room.any():
-        return None
-    return core.router.route(request, view.only(room))
+    free = view.only(room)
+    return core.router.route(request, free) if len(free.workers) else None
 
 
 def _shed(core: Core, request: Request) -> tuple[Decision | None, list[c.Command]]:

@@ -29,7 +29,7 @@ class Fleet:
     columns: dict[str, Any] = attrs.field(init=False)
     _limits: list[int] = attrs.field(factory=list, init=False)
     _rows: dict[WorkerId, int] = attrs.field(factory=dict, init=False)
-    _serving: dict[tuple[str, str], Mask] = attrs.field(factory=dict, init=False)
+    _serving: dict[tuple[str, str, int], Mask] = attrs.field(factory=dict, init=False)
     _longest: dict[str, int] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -103,14 +103,16 @@ class Fleet:
         measured = event.measured_at
         columns["reported_at"][row] = event.at if measured != measured else measured
 
-    def serving(self, model: str, lora: str) -> Mask:
-        """Say which workers are ready to serve *model* with *lora*, (W,)."""
-        mask = self._serving.get((model, lora))
+    def serving(self, model: str, lora: str, tokens: int) -> Mask:
+        """Say which are ready to serve *model* with *lora* at that length, (W,)."""
+        key = model, lora, self.fit(tokens)
+        mask = self._serving.get(key)
         if mask is None:
             mask = self._serves(model, lora) & self.workers.ready()
+            mask &= self.workers.max_model_tokens >= tokens
             if len(self._serving) >= 4096:
                 self._serving.clear()
-            self._serving[model, lora] = mask
+            self._serving[key] = mask
         return mask
 
     @property

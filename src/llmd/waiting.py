@@ -7,6 +7,7 @@ flow, key, number of arrival).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from .view import View
 
 LaneName: TypeAlias = tuple[Hashable, Hashable]
 Casualty: TypeAlias = tuple[Request, LlmdError]
+_NEVER = math.inf
 
 
 @attrs.define(eq=False)
@@ -29,8 +31,9 @@ class WaitingRequests:
     """Files requests as *balancer* says, and tells it who waits.
 
     With n requests in f flows and l lanes, `push`, `remove` and the moves of
-    `refresh` are O(log n + log f) each.  A hook that raises where no request
-    can be blamed for it is kept in `faults`.
+    `refresh` are O(log n + log f) each.  One that waits alone is filed when a
+    second comes, as most are sent on at once.  A hook that raises where no
+    request can be blamed for it is kept in `faults`.
 
     Attributes:
         balancer: Says where each waits.
@@ -49,6 +52,7 @@ class WaitingRequests:
     _entries: dict[RequestId, Entry] = attrs.field(factory=dict, init=False)
     _touched: dict[Hashable, None] = attrs.field(factory=dict, init=False)
     _alarms: Any = attrs.field(factory=SortedList, init=False)
+    _alone: tuple[Entry, Rank] | None = attrs.field(default=None, init=False)
     _models: Counter[str] = attrs.field(factory=Counter, init=False)
     _last: int = attrs.field(default=0, init=False)
     _first: int = attrs.field(default=0, init=False)
@@ -116,15 +120,24 @@ class WaitingRequests:
 
     def ranks(self) -> list[tuple[Rank, LaneName]]:
         """Return the rank of each lane's head."""
-        return [(lane.head, name) for name, lane in self._lanes.items()]
+        ranks = [(lane.head, name) for name, lane in self._lanes.items()]
+        if self._alone is not None:
+            entry, rank = self._alone
+            ranks.append((rank, entry.lane))
+        return ranks
 
     def rank(self, name: LaneName) -> Rank | None:
         """Return the rank of a lane's head; None if the lane is empty."""
+        if self._alone is not None:
+            entry, rank = self._alone
+            return rank if entry.lane == name else None
         lane = self._lanes.get(name)
         return None if lane is None else lane.head
 
     def head(self, name: LaneName) -> Entry | None:
         """Return who is next in a lane."""
+        if self._alone is not None:
+            return self._alone[0]
         lane = self._lanes.get(name)
         return None if lane is None else lane.first
 
@@ -168,6 +181,8 @@ class WaitingRequests:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
+        if self._alone is not None:
+            yield self._alone[0].request
         for lane in self._lanes.values():
             yield from lane
 
@@ -192,7 +207,12 @@ class WaitingRequests:
             fault = policy_error(balancer, error)
             raise fault from fault.__cause__
         try:
-            self._file(entry, view)
+            if self._entries or entry.until < _NEVER:
+                self._join(view)
+                self._file(entry, view)
+            else:
+                turn = self._turn_of(entry.flow, view)
+                self._alone = entry, (turn, entry.key, entry.number)
         except Exception as error:
             self.tell(balancer.unqueued, request, view)
             fault = policy_error(balancer, error)
@@ -209,6 +229,12 @@ class WaitingRequests:
             )
         return place
 
+    def _join(self, view: View) -> None:
+        """File the one that waited alone: there is another, or it moves."""
+        if self._alone is not None:
+            self._file(self._alone[0], view)
+            self._alone = None
+
     def _file(self, entry: Entry, view: View) -> None:
         """Put an entry where it says; raise with nothing changed."""
         lane = self._lanes.get(entry.lane) or Lane()
@@ -216,7 +242,7 @@ class WaitingRequests:
         entry.filed = True
         self._lanes[entry.lane] = lane
         self._lanes_of.setdefault(entry.flow, {})[entry.lane] = None
-        if entry.until < float("inf"):
+        if entry.until < _NEVER:
             self._alarms.add((entry.until, entry.number, entry.request.id))
 
     def _unfile(self, entry: Entry) -> None:
@@ -230,7 +256,7 @@ class WaitingRequests:
                 self._touched.pop(entry.flow, None)
         if not lane:
             del self._lanes[entry.lane]
-        if entry.until < float("inf"):
+        if entry.until < _NEVER:
             self._alarms.remove((entry.until, entry.number, entry.request.id))
 
     def _drop(self, entry: Entry, view: View) -> None:
@@ -238,6 +264,8 @@ class WaitingRequests:
         del self._entries[request.id]
         if entry.filed:
             self._unfile(entry)
+        else:
+            self._alone = None
         self._prompt_tokens -= request.prompt_tokens
         self._models[request.model] -= 1
         if not self._models[request.model]:
@@ -247,7 +275,7 @@ class WaitingRequests:
 
     def _to_move(self, view: View) -> Iterable[RequestId]:
         due = []
-        for until, _, id in self._alarms:
+        for until, _, id in self._alarms if self._alarms else ():
             if until > view.now:
                 break
             due.append(id)
@@ -262,6 +290,7 @@ class WaitingRequests:
         if entry is None:
             return []
         try:
+            self._join(view)
             place = self._place(entry, view)
             self._unfile(entry)
             entry.move(place)

@@ -13,7 +13,7 @@ from ..view import Ints
 from . import windows
 from .heard import Heard, ago, of_the_worker
 from .holders import Holders, LoggedHolders
-from .hopes import Hopes, grid, tokens_at
+from .hopes import Hopes
 from .interface import PrefixIndex
 from .seats import Rows, Seats, columns
 
@@ -187,9 +187,8 @@ class ExactIndex(PrefixIndex):
         closed = bits & ~sum(self._windows) if self._windows else bits
         depths = rows.depths(fast.depths(hashes, closed), tokens)
         if len(self._hopes.holders):
-            found = self._hopes.holders.depths(grid(request, tokens), bits)
-            if found:
-                hoped = [(mask, tokens_at(depth, tokens)) for mask, depth in found]
+            hoped = self._hopes.depths(hashes, tokens, bits)
+            if hoped:
                 np.maximum(depths, rows.depths(hoped, 1), out=depths)
         held = columns(depths)
         return (

@@ -37,10 +37,25 @@ class Hopes:
     _names: dict[int, dict[int, _Hope]] = attrs.field(factory=dict, init=False)
     _open: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
     _ending: deque[_Hope] = attrs.field(factory=deque, init=False)
+    # An arrival is matched and then sent: the same grid, a moment later.
+    _grid: tuple[Hashes | None, int, Hashes] = attrs.field(
+        default=(None, 0, np.empty(0, np.uint64)), init=False
+    )
+
+    def depths(self, hashes: Hashes, tokens: int, bits: int) -> list[tuple[int, int]]:
+        """Group the workers of *bits* by how many leading tokens they will hold.
+
+        Args:
+            hashes: Of a prompt, by blocks of *tokens* tokens.
+            tokens: A block.
+            bits: The workers to look at.
+        """
+        found = self.holders.depths(self._of(hashes, tokens), bits)
+        return [(mask, tokens_at(depth, tokens)) for mask, depth in found]
 
     def add(self, worker: WorkerId, bit: int, request: Request, tokens: int) -> None:
         """Hope that *worker* will hold *request*, in blocks of *tokens* tokens."""
-        names = grid(request, tokens).tolist()
+        names = self._of(request.hashes(tokens), tokens).tolist()
         if not names:
             return
         hope = _Hope(bit, names)
@@ -71,6 +86,13 @@ class Hopes:
         self.holders.discard(bit, self._names.pop(bit, ()))
         self._open = {key: hope for key, hope in self._open.items() if hope.bit != bit}
 
+    def _of(self, hashes: Hashes, tokens: int) -> Hashes:
+        of, size, names = self._grid
+        if of is not hashes or size != tokens:
+            names = grid(hashes, tokens)
+            self._grid = hashes, tokens, names
+        return names
+
     def check(self, known: int) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
         self.holders.check(known)
@@ -80,17 +102,16 @@ class Hopes:
             assert all(find(name, 0) & bit for name in names), "a hope does not count"
 
 
-def grid(request: Request, block_tokens: int) -> Hashes:
+def grid(hashes: Hashes, block_tokens: int) -> Hashes:
     """Return the prefixes that are hoped for, each a prefix of the next.
 
-    >>> request = Request(id="r", prompt=range(600))
-    >>> names = grid(request, 16)
+    >>> hashes = Request(id="r", prompt=range(600)).hashes(16)
+    >>> names = grid(hashes, 16)
     >>> [tokens_at(depth, 16) for depth in (1, 16, len(names))]
     [16, 256, 512]
-    >>> bool(names[-1] == request.hashes(16)[31])
+    >>> bool(names[-1] == hashes[31])
     True
     """
-    hashes = request.hashes(block_tokens)
     fine = max(STEP_TOKENS // block_tokens, 1)
     if len(hashes) < 2 * fine:
         return hashes[:fine]

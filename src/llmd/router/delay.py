@@ -66,12 +66,20 @@ class LeastDelay(TermRouter):
         workers = view.workers
         machine = self._rates.of(workers)
         held = view.cached_tokens(request)
-        cached = held[:, -1].astype(np.float64)
-        own: Floats = np.maximum(request.prompt_tokens - cached, 1.0)
-        own_s = machine.prefill_s(own, cached)
         waiting = workers.waiting_requests.astype(np.float64)
         queued = workers.prefill_tokens.astype(np.float64)
-        queued_s = _queued_s(machine, queued, waiting)
+        # Attention makes one long prompt dearer than two of half its length, so
+        # of what is queued the mean prompt is priced, beside this prompt: one
+        # call for both, as arrays of a fleet's size cost by the call.
+        tokens, cached = np.zeros((2, 2, len(workers)))
+        cached[0] = held[:, -1]
+        np.subtract(request.prompt_tokens, cached[0], out=tokens[0])
+        np.maximum(tokens[0], 1.0, out=tokens[0])
+        np.divide(queued, waiting, out=tokens[1], where=waiting > 0.0)
+        own = tokens[0]
+        own_s, mean_s = machine.prefill_s(tokens, cached)
+        # The first of them is half done on average.
+        queued_s = mean_s * np.maximum(waiting - 0.5, 0.0) * (queued > 0.0)
         context = workers.context_tokens.astype(np.float64)
         terms = [
             Term("queued prefill", queued, "tokens", queued_s),
@@ -91,7 +99,7 @@ class LeastDelay(TermRouter):
         ]
         # One column shown four times, as an index without slower tiers gives.
         if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
-            loaded = cached - held[:, Tier.GPU]
+            loaded = cached[0] - held[:, Tier.GPU]
             terms.append(
                 Term("load", loaded, "tokens", self._rates.load_s(held, workers))
             )
@@ -99,7 +107,7 @@ class LeastDelay(TermRouter):
 
     def _others(self, workers: Workers, waiting: Floats) -> Floats:
         """Return how many others a prompt delays at each worker, (W,)."""
-        anywhere = float(waiting.mean()) if len(waiting) else 0.0
+        anywhere = float(waiting.sum()) / max(len(waiting), 1)
         others: Floats = waiting * (self.waiting_here - self.answering_here)
         others += workers.running_requests * self.answering_here
         others += self.always + self.waiting_anywhere * anywhere
@@ -112,14 +120,3 @@ class LeastDelay(TermRouter):
         part: Floats = decoding / machine.prefill_s(float(self.step_tokens))
         return part
 
-
-def _queued_s(machine: Machine, queued: Floats, waiting: Floats) -> Floats:
-    """Return the seconds of the prompts queued at each worker, (W,).
-
-    Attention makes one long prompt dearer than two of half its length, so the
-    mean prompt is priced; the first is half done on average.
-    """
-    mean = queued / np.maximum(waiting, 1.0)
-    left = np.maximum(waiting - 0.5, 0.0)
-    seconds: Floats = np.where(queued > 0.0, machine.prefill_s(mean) * left, 0.0)
-    return seconds

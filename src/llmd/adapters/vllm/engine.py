@@ -211,7 +211,9 @@ class VllmEngine(Engine):
         options = dict(self._options)
         if self._loras:
             options.setdefault("enable_lora", True)
-            options.setdefault("max_loras", len(self._loras))
+            # All at once in memory: vLLM would swap them, request by request.
+            most = max(options.get("max_loras", 1), len(self._loras))
+            options["max_loras"] = most
         # Handed over in a list: a future or a frame of the thread that keeps the
         # engine would have it collected at exit, too late for its own clean-up.
         made: list[Any] = []

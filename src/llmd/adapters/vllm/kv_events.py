@@ -177,7 +177,7 @@ class KVEventDecoder:
                     self.counts["unknown events"] += 1
             except _BAD:
                 self.counts["malformed events"] += 1
-        if max(map(len, state.held)) > self._blocks_kept:
+        if state.most > self._blocks_kept:
             self._trim(state, run)
         run.flush()
         return run.reports
@@ -222,9 +222,16 @@ class KVEventDecoder:
                 self.counts["unnamed blocks"] += len(keys)
                 return
             name, length = start
-            names = self._names(tokens, size, name, length)
-            ends = range(length + size, length + len(tokens) + 1, size)
-            table = dict(zip(keys, zip(names, ends)))  # noqa: B905
+            end = length + len(tokens)
+            if end > _PREFIX_TOKENS:
+                raise ValueError("prefix too long")
+            if len(keys) == 1:  # what a decoding engine tells, step by step
+                name = self._hasher.extend(tokens, length, name)
+                names, table = [name], {keys[0]: (name, end)}
+            else:
+                names = self._names(tokens, size, name, length)
+                ends = range(length + size, end + 1, size)
+                table = dict(zip(keys, zip(names, ends)))  # noqa: B905
             rank.block_tokens = size
         else:
             # Offloading connectors may name blocks by hash alone.
@@ -267,8 +274,6 @@ class KVEventDecoder:
 
     def _names(self, tokens: list[int], size: int, name: int, length: int) -> list[int]:
         """Name blocks of *size* tokens behind *length* tokens called *name*."""
-        if length + len(tokens) > _PREFIX_TOKENS:
-            raise ValueError("prefix too long")
         if len(tokens) <= 4 * size or length % size:
             names = []
             for begin in range(0, len(tokens), size):
@@ -334,6 +339,7 @@ class KVEventDecoder:
             for key in oldest:
                 rank.copies.pop((tier, key), None)
             self._gone(rank, [table.pop(key)[0] for key in oldest], tier, run)
+        rank.most = max(map(len, rank.held))
 
     def _follow(
         self, rank: Holdings, group: int | None, event: Mapping[str, Any], run: Run

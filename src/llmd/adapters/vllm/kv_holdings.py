@@ -23,6 +23,7 @@ class Holdings:
         live: Number of the last batch that did not come from a replay.
         held: For each tier, engine hash -> (name, tokens).
         copies: (tier, engine hash) -> copies beyond the first.
+        most: Blocks of the fullest tier, at some time since this was last set.
         block_tokens: As the last event told.
         group: The cache group that is followed, once known.
         window: Tokens its layers look back; 0 if all.
@@ -32,6 +33,7 @@ class Holdings:
     live: int = -1
     held: tuple[Table, ...] = attrs.field(factory=lambda: tuple({} for _ in Tier))
     copies: dict[tuple[Tier, Any], int] = attrs.field(factory=dict)
+    most: int = 0
     block_tokens: int = 1
     group: int | None = None
     window: int = 0
@@ -40,6 +42,7 @@ class Holdings:
         self.copies.clear()
         for table in self.held:
             table.clear()
+        self.most = 0
 
     def entry(self, key: Any) -> tuple[int, int] | None:
         """Return (name, tokens) of an engine's hash, whatever tier holds it."""
@@ -56,6 +59,7 @@ class Holdings:
             for key in held.keys() & table:
                 self.copies[tier, key] = self.copies.get((tier, key), 0) + 1
         held.update(table)
+        self.most = max(self.most, len(held))
 
     def take(self, tier: Tier, key: Any) -> tuple[int, int] | None:
         """Drop one copy; return its entry if it was the last."""

@@ -94,6 +94,10 @@ def _launch(
         **(_CPU_OPTIONS if cpu else {}),
         **options,
     }
+    if cpu and "max_loras" in chosen:
+        # vLLM's CPU kernels take slot -1, the last, for requests without an
+        # adapter: it must stay empty, or they are answered by that adapter.
+        chosen["max_loras"] += 1
     variables = {
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         **environment,
