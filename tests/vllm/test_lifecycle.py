@@ -103,6 +103,17 @@ async def test_an_adapter_answers_and_names_for_itself(other, salt):
         await other.told(lambda r, names=names: names <= held_names(r))
 
 
+async def test_an_engine_computes_with_one_thread(small):
+    """Engines with a thread for every core spin against each other."""
+    for turn in range(4):
+        await small.answer(request(f"t{turn}", prompt(400, salt=turn)))
+    ticks = {}
+    for thread in psutil.Process(small.engine._cores[0].pid).threads():
+        ticks[thread.id] = thread.user_time
+    first, *others = sorted(ticks.values(), reverse=True)
+    assert sum(others) < 0.2 * first
+
+
 async def test_removals_leave_exactly_what_the_engine_still_finds(small):
     prompts = [prompt(12 * BLOCK_TOKENS + 1, salt=k) for k in range(8)]
     for k, tokens in enumerate(prompts):

@@ -119,4 +119,3 @@ class LeastDelay(TermRouter):
         decoding += workers.running_requests * machine.decode_s_per_request
         part: Floats = decoding / machine.prefill_s(float(self.step_tokens))
         return part
-

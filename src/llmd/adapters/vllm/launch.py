@@ -111,10 +111,31 @@ def _launch(
         if config.parallel_config.data_parallel_size > 1:
             raise EngineError("start one engine for each data-parallel rank")
         # The CPU platform sets "spawn" while it makes the configuration.
-        with _environment({"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}):
+        fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}
+        threads = int(variables.get("OMP_NUM_THREADS", 0))
+        with _environment(fork), _torch_threads(threads):
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[listener], disable_log_stats=True
             )
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Let forked engines compute with *count* threads each; 0 leaves it be.
+
+    OpenMP reads its variable once, when torch was imported here, and a fork keeps
+    that: with a thread for every core in each, two engines on two cores spin
+    against each other and are ten times as slow.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def processes(llm: Any) -> list[Any]:
