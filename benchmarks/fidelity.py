@@ -195,9 +195,8 @@ class Prober:
         arrivals: list[list[float]] = [[] for _ in range(requests)]
 
         async def one(times: list[float]) -> None:
-            async for piece in self._ask([*head, *self._tokens(1)], new):
-                if piece.token_ids:
-                    times.append(time.perf_counter())
+            stream = self._ask([*head, *self._tokens(1)], new)
+            times += [time.perf_counter() async for piece in stream if piece.token_ids]
 
         await asyncio.gather(*(one(times) for times in arrivals))
         begun = max(times[0] for times in arrivals)
@@ -280,7 +279,7 @@ async def measure(site: Site, engines: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(site.shape))
         async with Server(llmd.Cluster()) as server:
-            made = [_engine(site, folder, number) for number in range(engines)]
+            made = [_engine(site, folder) for _ in range(engines)]
             for number, engine in enumerate(made):
                 await server.add(engine, f"w{number}")
             begun = time.perf_counter()
@@ -292,6 +291,9 @@ async def measure(site: Site, engines: int, seconds: float) -> dict[str, Any]:
             machine = fit_from_probe(steps)
             fit = errors(machine, steps)
             print(f"probed {probed_s:.0f} s; fit: {fit}", flush=True)
+            if os.environ.get("SHOW_STEPS"):
+                for step in steps:
+                    print(step, f"{errors(machine, [step]).worst:.1%}")
             facts = [*server.cluster.view.workers.facts]
             fleet = Fleet(facts, machine, site)
             rows = await _grid(server, fleet, seconds)
@@ -337,27 +339,19 @@ async def _clear(server: Server) -> None:
     await asyncio.sleep(0.5)
 
 
-def _engine(site: Site, model: str, number: int) -> VllmEngine:
-    environment = {}
-    if site is CPU:
-        core = sorted(os.sched_getaffinity(0))[number % os.cpu_count()]
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
-    options = {
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        **site.options,
-    }
-    return VllmEngine(model, names=["shape"], options=options, environment=environment)
+def _engine(site: Site, model: str) -> VllmEngine:
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, **site.options}
+    return VllmEngine(model, names=["shape"], options=options)
 
 
 def _print(row: dict[str, Any]) -> None:
     live, sim = row["live"], row["sim"]
     parts = [f"{row['workload']:14} {row['load']:.0%}"]
-    for name in WITHIN:
-        parts.append(
-            f"{name} {live[name] * 1e3:.1f}/{sim[name] * 1e3:.1f} ms"
-            f" ({sim[name] / live[name] - 1:+.0%})"
-        )
+    parts += [
+        f"{name} {live[name] * 1e3:.1f}/{sim[name] * 1e3:.1f} ms"
+        f" ({sim[name] / live[name] - 1:+.0%})"
+        for name in WITHIN
+    ]
     parts.append(f"hits {live['hit_rate']:.3f}/{sim['hit_rate']:.3f}")
     print("  ".join(parts), flush=True)
 
