@@ -22,6 +22,7 @@ class Booking:
         uncached_tokens: Prompt tokens that were to be computed, by the index.
         since: When the request arrived, seconds.
         attempts: Dispatches of it that failed before this one.
+        failed_on: Workers on which they did.
         dispatched_at: When this one began, seconds.
         first_token_at: When its answer began; NaN before.
         last_token_at: When it last generated; during the hook `generated`,
@@ -41,6 +42,7 @@ class Booking:
     uncached_tokens: int = 0
     since: float = math.nan
     attempts: int = 0
+    failed_on: frozenset[WorkerId] = frozenset()
     dispatched_at: float = math.nan
     first_token_at: float = math.nan
     last_token_at: float = math.nan

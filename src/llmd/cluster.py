@@ -10,6 +10,8 @@ whose columns are kept up to date in place.
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,8 @@ from .errors import InvalidEvent
 from .events import Event
 from .transitions import TRANSITIONS
 from .types import RequestId
+
+_log = logging.getLogger("llmd.cluster")
 
 
 @attrs.define(eq=False)
@@ -42,7 +46,8 @@ class Cluster(Core):
         index: Knows who holds which prefix.
         max_attempts: Dispatches of one request before it fails.
         seed: Of all randomness.
-        observer: Called with every event and then its commands.
+        observer: Called with every event and then its commands; what it raises
+            is logged.
         view: What policies see.
 
     >>> from llmd.events import RequestArrived, WorkerJoined
@@ -73,14 +78,26 @@ class Cluster(Core):
         transition = TRANSITIONS.get(type(event))
         if transition is None:
             raise InvalidEvent(f"{event!r} is of no type a cluster knows")
-        if not event.at >= self.view.now:
-            raise InvalidEvent(f"{event!r} is before {self.view.now}")
+        if not self.view.now <= event.at < math.inf:
+            raise InvalidEvent(f"{event!r} is before {self.view.now} or never")
         commands = transition(self, event)
         if self.observer is not None:
-            self.observer(event)
-            for command in commands:
-                self.observer(command)
+            self._show(self.observer, event, commands)
         return commands
+
+    def _show(
+        self,
+        observer: Callable[[Event | Command], object],
+        event: Event,
+        commands: list[Command],
+    ) -> None:
+        """Let *observer* see; the commands are due, whatever it raises."""
+        try:
+            observer(event)
+            for command in commands:
+                observer(command)
+        except Exception:
+            _log.exception("the observer failed on %r", event)
 
     def fork(self) -> Cluster:
         """Return a twin that goes its own way from here, with no observer.

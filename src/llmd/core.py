@@ -27,6 +27,7 @@ from .errors import (
     DeadlineExceeded,
     DuplicateRequest,
     LlmdError,
+    PolicyError,
     PromptTooLong,
     UnknownAdapter,
     UnknownModel,
@@ -79,13 +80,15 @@ class Core:
         """Orders the requests that wait; another one files them anew.
 
         Raises:
-            PolicyError: On assignment, if the new one cannot place what waits;
-                the old one stays.
+            PolicyError: On assignment, if the new one is none, or cannot place
+                what waits; the old one stays.
         """
         return self._balancer
 
     @balancer.setter
     def balancer(self, balancer: QueueBalancer) -> None:
+        if not isinstance(balancer, QueueBalancer):
+            raise PolicyError(f"{balancer!r} is no QueueBalancer")
         self._file_anew(balancer)
         self._balancer = balancer
 
@@ -159,9 +162,10 @@ class Core:
         booking.last_token_at = self.view.now
         return []
 
-    def retry(self, booking: Booking, error: LlmdError) -> c.Command:
-        """Queue a failed request again if its client cannot tell, else fail it."""
+    def retry(self, booking: Booking, worker: WorkerId, error: LlmdError) -> c.Command:
+        """Queue what failed on *worker* if its client cannot tell, else fail it."""
         self.release(booking)
+        booking.failed_on |= {worker}
         attempts = booking.attempts + 1
         if booking.streamed or attempts >= self.max_attempts:
             self.gone(booking.request)
@@ -172,7 +176,14 @@ class Core:
         """Let a request whose booking has ended wait again, before its equals."""
         request = booking.request
         try:
-            self.waiting.push(request, self.view, booking.since, attempts, again=True)
+            self.waiting.push(
+                request,
+                self.view,
+                booking.since,
+                attempts,
+                again=True,
+                failed_on=booking.failed_on,
+            )
         except LlmdError as failure:
             self.gone(request)
             return c.Fail(request, failure)

@@ -12,7 +12,8 @@ from .booking import Booking
 from .decision import Decision
 from .errors import PolicyError, policy_error
 from .lane import Entry
-from .types import Request
+from .types import Request, WorkerId
+from .view import Mask, View
 from .waiting import LaneName
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def _send(core: Core, lane: LaneName) -> list[c.Command]:
     request = entry.request
     shed: list[c.Command] = []
     try:
-        decision = _place(core, request)
+        decision = _place(core, entry)
         if decision is None:
-            decision, shed = _shed(core, request)
+            decision, shed = _shed(core, entry)
             if decision is None:
                 return []
         booking = _announce(core, entry, decision)
@@ -83,33 +84,59 @@ def _refresh(core: Core) -> list[c.Command]:
     return commands
 
 
-def _place(core: Core, request: Request) -> Decision | None:
-    """Ask the policies where *request* may and should go now."""
+def _place(core: Core, entry: Entry) -> Decision | None:
+    """Ask the policies where a request may and should go now."""
+    request = entry.request
     tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-    view = core.view.only(core.fleet.serving(request.model, request.lora, tokens))
-    room = np.asarray(core.balancer.room(request, view))
+    able = core.fleet.serving(request.model, request.lora, tokens)
+    if entry.failed_on:
+        able = _elsewhere(core, able, entry.failed_on)
+    view = core.view.only(able)
+    try:
+        room = _room(core, request, view)
+    except Exception as error:
+        raise policy_error(core.balancer, error) from error
+    free = view.only(room)
+    return core.router.route(request, free) if len(free.workers) else None
+
+
+def _elsewhere(core: Core, able: Mask, failed_on: frozenset[WorkerId]) -> Mask:
+    """Leave out workers on which a request failed, unless no other can serve it.
+
+    One that fails fast looks idle, and would get every retry too.
+    """
+    others = able.copy()
+    for worker in failed_on:
+        row = core.fleet.row(worker)
+        if row is not None:
+            others[row] = False
+    return others if others.any() else able
+
+
+def _room(core: Core, request: Request, view: View) -> Mask:
+    room: Mask = np.asarray(core.balancer.room(request, view))
     if room.shape != (len(view.workers),) or room.dtype != np.bool_:
         raise PolicyError(
             f"{core.balancer!r} gave room {room.dtype}{room.shape} for"
             f" {len(view.workers)} workers"
         )
-    free = view.only(room)
-    return core.router.route(request, free) if len(free.workers) else None
+    return room
 
 
-def _shed(core: Core, request: Request) -> tuple[Decision | None, list[c.Command]]:
-    """Find a place for *request* where less urgent work makes room for it.
+def _shed(core: Core, entry: Entry) -> tuple[Decision | None, list[c.Command]]:
+    """Find a place for a request where less urgent work makes room for it.
 
     Tries the newest such booking of each worker, which lost the least; one
     that makes no room is left as it was.
     """
+    request = entry.request
     for worker in core.view.workers.ids:
         for booking in core.books.sheddable(worker):
             if not core.balancer.yields(booking, request, core.view):
                 continue
             core.books.release(booking)
             try:
-                decision = _place(core, request)
+                decision = _place(core, entry)
             except BaseException:
                 core.books.book(booking)
                 raise
@@ -142,6 +169,7 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
         uncached_tokens=uncached,
         since=entry.since,
         attempts=entry.attempts,
+        failed_on=entry.failed_on,
         dispatched_at=now,
     )
     core.balancer.dispatched(booking, core.view)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 from sortedcontainers import SortedList
 
-from .types import Request
+from .types import Request, WorkerId
 
 if TYPE_CHECKING:
     from .balancer.interface import Place
@@ -27,6 +27,7 @@ class Entry:
         group: What keeps it apart from others, whatever the balancer says.
         since: When it arrived, seconds.
         attempts: Dispatches of it that failed.
+        failed_on: Workers on which they did.
         number: Breaks ties of keys; unique, smaller goes first.
         key: As in `Place`, like what follows.
         flow: Where its turn is decided.
@@ -40,6 +41,7 @@ class Entry:
     since: float
     attempts: int
     number: int
+    failed_on: frozenset[WorkerId] = frozenset()
     key: Any = None
     flow: Hashable = ""
     lane: tuple[Hashable, Hashable] = ((), ())

@@ -107,7 +107,7 @@ def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:
         if worker != event.worker
     ]
     error = EngineError(f"{event.worker}: {event.error}")
-    return [*others, core.retry(booking, error), *core.dispatch()]
+    return [*others, core.retry(booking, event.worker, error), *core.dispatch()]
 
 
 def joined(core: Core, event: e.WorkerJoined) -> list[c.Command]:
@@ -162,7 +162,7 @@ def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
         ]
         core.judge(booking, event.worker, "the worker was lost")
         error = WorkerLost(f"worker {event.worker!r} was lost")
-        commands.append(core.retry(booking, error))
+        commands.append(core.retry(booking, event.worker, error))
     core.books.close(event.worker)
     return [*commands, *core.refresh()]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -53,7 +54,18 @@ def _prompt(tokens: Prompt | Sequence[int] | bytes) -> Prompt:
 
 
 def _names(names: Iterable[str]) -> frozenset[str]:
+    if isinstance(names, str):
+        raise InvalidRequest(f"{names!r} is one name, want a collection of names")
     return frozenset(names)
+
+
+_ALL_TEXT = {str}
+
+
+def _is_whole(value: object) -> bool:
+    if type(value) is int:
+        return True
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _positive(name: str, value: int | None) -> None:
@@ -105,13 +117,29 @@ class Request:
     sheddable: bool = False
 
     def __attrs_post_init__(self) -> None:
+        # At once, as a request is made for every arrival.
+        texts = self.id, self.model, self.lora, self.salt, self.tenant, self.session
+        if {*map(type, texts)} != _ALL_TEXT:
+            self._check_texts()
         if not self.id:
             raise InvalidRequest("a request needs an id")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+        most = self.max_new_tokens
+        if most is not None and (not _is_whole(most) or most < 1):
             raise InvalidRequest(
-                f"max_new_tokens of {self.id!r} is {self.max_new_tokens},"
-                " must be at least 1"
+                f"max_new_tokens of {self.id!r} is {most!r}, must be a whole number"
+                " of at least 1"
             )
+        if not _is_whole(self.priority):
+            raise InvalidRequest(
+                f"priority of {self.id!r} is {self.priority!r}, want a whole number"
+            )
+        if not self.deadline >= -math.inf:
+            raise InvalidRequest(f"deadline of {self.id!r} is {self.deadline!r}")
+
+    def _check_texts(self) -> None:
+        for name in ("id", "model", "lora", "salt", "tenant", "session"):
+            if not isinstance(value := getattr(self, name), str):
+                raise InvalidRequest(f"{name} of a request is {value!r}, want a str")
 
     def __deepcopy__(self, memo: object) -> Request:
         return self  # Its identity is what it is, and it never changes.

@@ -18,7 +18,7 @@ from sortedcontainers import SortedList
 from .balancer.interface import Place, QueueBalancer
 from .errors import LlmdError, PolicyError, policy_error
 from .lane import Entry, Lane, Rank
-from .types import Request, RequestId
+from .types import Request, RequestId, WorkerId
 from .view import View
 
 LaneName: TypeAlias = tuple[Hashable, Hashable]
@@ -65,6 +65,7 @@ class WaitingRequests:
         since: float,
         attempts: int = 0,
         again: bool = False,
+        failed_on: frozenset[WorkerId] = frozenset(),
     ) -> LaneName:
         """Let *request*, here since *since*, wait; return its lane.
 
@@ -79,7 +80,8 @@ class WaitingRequests:
         else:
             self._last += 1
             number = self._last
-        entry = Entry(request, self.group(request), since, attempts, number)
+        group = self.group(request)
+        entry = Entry(request, group, since, attempts, number, failed_on)
         self._enter(entry, view)
         return entry.lane
 
@@ -151,7 +153,14 @@ class WaitingRequests:
         other._first, other._last = self._first, self._last
         for old in sorted(self._entries.values(), key=lambda entry: entry.number):
             group = self.group(old.request)
-            entry = Entry(old.request, group, old.since, old.attempts, old.number)
+            entry = Entry(
+                old.request,
+                group,
+                old.since,
+                old.attempts,
+                old.number,
+                old.failed_on,
+            )
             other._enter(entry, view)
         return other
 

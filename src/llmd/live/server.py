@@ -247,7 +247,10 @@ class Server:
         engines = list(self._engines.items())
         for worker, _ in engines:
             self._drop(worker)
-        await asyncio.gather(*(engine.stop() for _, engine in engines))
+        stops = [engine.stop() for _, engine in engines]
+        for result in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(result, Exception):
+                _log.error("an engine did not stop well", exc_info=result)
         tasks = [*self._errands, *([self._ticker] if self._ticker else [])]
         for task in tasks:
             task.cancel()

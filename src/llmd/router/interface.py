@@ -56,6 +56,8 @@ class Router(Copied, abc.ABC):
             PolicyError: `cost` gave a wrong shape or a NaN.
         """
         priced, terms = self.price(request, view)
+        if np.iscomplexobj(priced):
+            raise PolicyError(f"{self!r} priced with complex numbers")
         costs = np.asarray(priced, dtype=np.float64)
         ids = view.workers.ids
         if costs.shape != (len(ids),):

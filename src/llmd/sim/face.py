@@ -9,6 +9,7 @@ from typing import TypeAlias
 import attrs
 
 from ..cluster import Cluster
+from ..errors import InvalidRequest
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
@@ -79,6 +80,7 @@ def simulate(
         progress: Show a bar (needs tqdm).
 
     Raises:
+        InvalidRequest: *policy* is none, or there is no worker.
         PolicyError: The policy raised, or broke its contract.
 
     >>> from llmd import RoundRobin
@@ -89,6 +91,8 @@ def simulate(
     cluster = make_cluster(policy)
     if isinstance(workers, int):
         workers = fleet(workers, block_tokens=workload.block_tokens)
+    if not workers:
+        raise InvalidRequest("a simulation needs a worker")
     template = workers[0]
     simulator = Simulator(
         cluster,
@@ -117,4 +121,9 @@ def make_cluster(policy: Policy) -> Cluster:
         return Cluster(router=copy.deepcopy(policy))
     if isinstance(policy, Cluster):
         return policy.fork()
-    return policy()
+    made = policy()
+    if not isinstance(made, Cluster):
+        raise InvalidRequest(
+            f"{policy!r} makes {made!r}: want a router, a cluster or what makes one"
+        )
+    return made

@@ -60,7 +60,13 @@ class Setting:
 
 
 def named(policies: Policies) -> Mapping[str, Policy]:
-    """Return *policies* by name."""
+    """Return *policies* by name.
+
+    Raises:
+        InvalidRequest: There is none, or two have one name.
+    """
+    if not policies:
+        raise InvalidRequest("no policy to compare")
     if isinstance(policies, Mapping):
         return policies
     names = [name_of(policy) for policy in policies]

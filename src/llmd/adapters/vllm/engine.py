@@ -63,7 +63,8 @@ class VllmEngine(Engine):
         signals_every: float = 0.05,
     ) -> None:
         self.model = str(model)
-        self.names = tuple(names) or (Path(self.model).name,)
+        given = (names,) if isinstance(names, str) else tuple(names)
+        self.names = given or (Path(self.model).name,)
         self.tokenizer: Tokenizer | None = None
         self.counters: Counter[str] = Counter()
         self._options = dict(options or {})

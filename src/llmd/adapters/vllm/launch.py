@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -84,6 +85,7 @@ def _launch(
     chosen: dict[str, Any] = {
         "served_model_name": list(names),
         "scheduling_policy": "priority",
+        "use_tqdm_on_load": False,
         "kv_events_config": KVEventsConfig(
             enable_kv_cache_events=True,
             publisher="zmq",
@@ -113,10 +115,18 @@ def _launch(
         # The CPU platform sets "spawn" while it makes the configuration.
         fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}
         threads = int(variables.get("OMP_NUM_THREADS", 0))
-        with _environment(fork), _torch_threads(threads):
+        with _environment(fork), _torch_threads(threads), _quiet():
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[listener], disable_log_stats=True
             )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Spare users what vLLM's own code is warned of; a fork inherits it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        yield
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class RemoteEngine(Engine):
         api_key: str = "",
         every: float = 1.0,
         failures: int = 3,
-        start_timeout: float = 900.0,
+        start_timeout: float = 120.0,
         token_timeout: float = 600.0,
     ) -> None:
         self.url = url.rstrip("/")
