@@ -62,6 +62,10 @@ def make_app(urls: list[str]) -> Starlette:
             return JSONResponse({"error": str(error)}, 400)
         except llmd.errors.Rejected as error:
             return JSONResponse({"error": error.reason}, 429)
+        except httpx.HTTPStatusError as error:
+            # What the engine refuses is the client's mistake; the rest is not.
+            refused = error.response.status_code in (400, 404, 422)
+            return JSONResponse({"error": error.response.text}, 400 if refused else 502)
         text = answer.json()["choices"][0]["text"]
         return JSONResponse({"text": text, "worker": lease.worker})
 
