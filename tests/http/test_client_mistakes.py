@@ -1,5 +1,6 @@
 """What a client gets wrong is a 400 that says so, and costs the engines nothing."""
 
+import asyncio
 import json
 import logging
 
@@ -171,6 +172,19 @@ async def test_an_unknown_model_names_the_known_ones(echo, open_edge, prompt):
         await http.server.remove(*http.server.engines)
         http.server.remove_model("m")
         assert "known: none" in await refused(http, "completions", GOOD, 404)
+
+
+async def test_a_model_removed_while_its_request_waits(echo, open_edge):
+    async with open_edge(echo("m"), echo("k")) as http:
+        (worker,) = (
+            w.id for w in http.server.cluster.view.workers.facts if "k" in w.models
+        )
+        await http.server.remove(worker)
+        body = {**GOOD, "model": "k", "prompt": [97]}
+        waiting = asyncio.create_task(refused(http, "completions", body, 404))
+        await asyncio.sleep(0.02)
+        http.server.remove_model("k")
+        assert await waiting == "model 'k' was removed; known: m"
 
 
 async def test_an_adapter_is_asked_for_by_its_name(echo, open_edge):
