@@ -111,6 +111,7 @@ class _Edge:
         prompt = await _while_connected(http, reading)
         return await self._answer(http, ask, [prompt], chat=True)
 
+    @_answering_errors
     async def models(self, http: HttpRequest) -> Response:
         cards = [wire.card(name) for name in self.names.listed()]
         return JSONResponse({"object": "list", "data": cards})
@@ -122,10 +123,12 @@ class _Edge:
             raise self.names.unknown(name)
         return JSONResponse(wire.card(name))
 
+    @_answering_errors
     async def health(self, http: HttpRequest) -> Response:
         ready = int(self.server.cluster.view.workers.ready().sum())
         return JSONResponse({"ready_workers": ready}, 200 if ready else 503)
 
+    @_answering_errors
     async def metrics(self, http: HttpRequest) -> Response:
         text = generate_latest(self.observer.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
