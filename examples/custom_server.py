@@ -25,6 +25,15 @@ from llmd.live import Server
 _names = (f"ask-{number}" for number in itertools.count())
 
 
+def asked(body: dict, tenant: str) -> llmd.Request:
+    return llmd.Request(
+        id=next(_names),
+        prompt=body["prompt"],
+        max_new_tokens=body.get("max_tokens", 16),
+        tenant=tenant,
+    )
+
+
 def make_app(urls: list[str]) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -39,12 +48,7 @@ def make_app(urls: list[str]) -> Starlette:
         server, client = http.app.state.server, http.app.state.client
         try:
             body = json.loads(await http.body())
-            request = llmd.Request(
-                id=next(_names),
-                prompt=body["prompt"],
-                max_new_tokens=body.get("max_tokens", 16),
-                tenant=http.headers.get("x-tenant", ""),
-            )
+            request = asked(body, http.headers.get("x-tenant", ""))
             # The load is booked from here to the end of the block, and released
             # however the block is left: answer, error, timeout or a client gone.
             async with server.lease(request) as lease:
@@ -62,6 +66,10 @@ def make_app(urls: list[str]) -> Starlette:
             return JSONResponse({"error": str(error)}, 400)
         except llmd.errors.Rejected as error:
             return JSONResponse({"error": error.reason}, 429)
+        except httpx.HTTPStatusError as error:
+            # What the engine refuses is the client's mistake; the rest is not.
+            refused = error.response.status_code in (400, 404, 422)
+            return JSONResponse({"error": error.response.text}, 400 if refused else 502)
         text = answer.json()["choices"][0]["text"]
         return JSONResponse({"text": text, "worker": lease.worker})
 

@@ -99,8 +99,7 @@ class Core:
             raise DuplicateRequest(f"request id {id!r} is in use")
         longest = self.fleet.longest(model)
         if model and model not in self.models and longest is None:
-            known = ", ".join(sorted(self.models)) or "none"
-            raise UnknownModel(f"no worker serves model {model!r}; known: {known}")
+            raise self.unknown(f"no worker serves model {model!r}")
         if request.lora and not self.fleet.knows(request.lora):
             raise UnknownAdapter(f"no worker has the adapter {request.lora!r}")
         tokens = request.prompt_tokens + (request.max_new_tokens or 1)
@@ -110,6 +109,11 @@ class Core:
                 f" {request.max_new_tokens or 1} new ones make {tokens},"
                 f" model {model!r} takes {longest}"
             )
+
+    def unknown(self, why: str) -> UnknownModel:
+        """Return the error for a model that is none of those served here."""
+        known = ", ".join(sorted(self.models)) or "none"
+        return UnknownModel(f"{why}; known: {known}")
 
     def expire(self, id: RequestId) -> list[c.Command]:
         """End a request whose deadline has passed."""

@@ -57,7 +57,23 @@ class InvalidEvent(LlmdError, ValueError):
 
 
 class PolicyError(LlmdError, ValueError):
-    """A policy broke its contract: a NaN, a wrong shape or an exception."""
+    """A policy broke its contract: a NaN, a wrong shape or an exception.
+
+    The message shows the policy with all its settings, for who runs it.
+
+    Attributes:
+        policy: Name of the policy's type; empty if it is not known.
+    """
+
+    policy: str = ""
+
+    @property
+    def brief(self) -> str:
+        """What happened, without the policy's settings, for strangers."""
+        policy = f"the policy {self.policy}" if self.policy else "a policy"
+        if self.__cause__ is None:
+            return f"{policy} broke its contract"
+        return f"{policy} raised {type(self.__cause__).__name__}"
 
 
 class InvalidPolicy(LlmdError, ValueError):
@@ -136,8 +152,9 @@ class NoWay(TransferError):
 
 def policy_error(policy: object, error: Exception) -> LlmdError:
     """Return what a failing policy costs the request it was asked about."""
-    if isinstance(error, PolicyError):
-        return error
-    wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+    if not isinstance(error, PolicyError):
+        wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        error = wrapped
+    error.policy = error.policy or type(policy).__name__
+    return error

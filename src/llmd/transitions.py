@@ -18,7 +18,6 @@ from .errors import (
     EngineError,
     InvalidEvent,
     Rejected,
-    UnknownModel,
     WorkerLost,
     policy_error,
 )
@@ -178,7 +177,7 @@ def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
     core.models.discard(event.model)
     commands: list[c.Command] = []
     for request in core.waiting.drop_model(event.model, core.view):
-        error = UnknownModel(f"model {event.model!r} was removed")
+        error = core.unknown(f"model {event.model!r} was removed")
         core.gone(request)
         commands.append(c.Fail(request, error))
     return commands

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 
 import httpx
 import pytest
+import uvicorn
 
 import llmd
 from llmd.adapters.openai_http import create_app
@@ -15,13 +17,19 @@ from llmd.live import Engine, Output, Server
 class EchoEngine(Engine):
     """Answers with the prompt itself, a letter at a time."""
 
-    def __init__(self, *models, tokens=1000, pace=0.0, dies_after=None):
+    def __init__(self, *models, loras=(), tokens=1000, pace=0.0, dies_after=None):
         self.models, self.tokens, self.pace = models, tokens, pace
-        self.dies_after = dies_after
+        self.loras, self.dies_after = loras, dies_after
         self.open = 0
+        self.tokenized = []
 
     async def start(self, worker, report, progress):
-        return llmd.Worker(id=worker, models=self.models, max_model_tokens=self.tokens)
+        return llmd.Worker(
+            id=worker,
+            models=self.models,
+            loras=self.loras,
+            max_model_tokens=self.tokens,
+        )
 
     async def generate(self, call):
         if call.sampling.get("temperature", 0) < 0:
@@ -45,9 +53,11 @@ class EchoEngine(Engine):
             self.open -= 1
 
     async def tokenize(self, text):
+        self.tokenized.append(text)
         return list(text.encode())
 
     async def chat(self, messages, *, tools=None, template=None):
+        self.tokenized.append((messages, tools, template))
         return list("".join(message["content"] for message in messages).encode())
 
     async def abort(self, request_id):
@@ -66,6 +76,28 @@ async def edge(*engines, cluster=None, **options):
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
             http.server = server
             yield http
+
+
+@contextlib.asynccontextmanager
+async def listening(app):
+    """Serve *app* on a port of its own; yield where."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()  # or who connects before uvicorn does is refused
+    config = uvicorn.Config(app, log_level="error", ws="none")
+    http = uvicorn.Server(config)
+    task = asyncio.create_task(http.serve([listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        http.should_exit = True
+        await task
+        listener.close()
+
+
+@pytest.fixture
+def over_socket():
+    return listening
 
 
 @pytest.fixture

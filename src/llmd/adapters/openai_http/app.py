@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 import attrs
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ...errors import LlmdError
 from ...live import Server
 from ...types import Request
 from ..prometheus import ServerCollector
-from . import answers, wire
+from . import answers, faults, wire
+from .names import Names
 from .observe import Observer
 from .prompts import Tokenizers
 
@@ -47,16 +48,21 @@ def create_app(
         pool: Label of the pool metrics.
         max_body_bytes: Larger bodies are refused with 413.
     """
-    edge = _Edge(server, max_body_bytes, Tokenizers(server))
+    names = Names(server)
+    edge = _Edge(server, max_body_bytes, names, Tokenizers(names), Observer(names))
     edge.observer.registry.register(ServerCollector(server, pool))
     return Starlette(
         routes=[
             Route("/v1/completions", edge.completions, methods=["POST"]),
             Route("/v1/chat/completions", edge.chat, methods=["POST"]),
             Route("/v1/models", edge.models),
+            Route("/v1/models/", edge.models),
+            # Names of models may have slashes.
+            Route("/v1/models/{name:path}", edge.model),
             Route("/health", edge.health),
             Route("/metrics", edge.metrics),
-        ]
+        ],
+        exception_handlers={HTTPException: _no_such_path},
     )
 
 
@@ -71,7 +77,7 @@ def _answering_errors(endpoint: _Endpoint) -> _Endpoint:
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
         except Exception as error:
-            return _error_response(_first(error))
+            return _error_response(faults.first(error))
 
     return answered
 
@@ -80,15 +86,16 @@ def _answering_errors(endpoint: _Endpoint) -> _Endpoint:
 class _Edge:
     server: Server
     max_body_bytes: int
+    names: Names
     tokenizers: Tokenizers
-    observer: Observer = attrs.field(factory=Observer)
+    observer: Observer
 
     @_answering_errors
     async def completions(self, http: HttpRequest) -> Response:
         body = await wire.read(http, self.max_body_bytes)
         ask = wire.ask(http, body, _DEFAULT_COMPLETION_TOKENS)
         prompts = [
-            await self.tokenizers.text(ask.model, prompt)
+            await _while_connected(http, self.tokenizers.text(ask, prompt))
             if isinstance(prompt, str)
             else prompt
             for prompt in wire.prompts_of(body)
@@ -100,23 +107,28 @@ class _Edge:
         body = await wire.read(http, self.max_body_bytes)
         ask = wire.ask(http, body, None)
         messages = wire.messages_of(body)
-        prompt = await self.tokenizers.chat(ask.model, messages, body)
+        reading = self.tokenizers.chat(ask, messages)
+        prompt = await _while_connected(http, reading)
         return await self._answer(http, ask, [prompt], chat=True)
 
+    @_answering_errors
     async def models(self, http: HttpRequest) -> Response:
-        workers = self.server.cluster.view.workers.facts
-        served = set().union(*(worker.models | worker.loras for worker in workers))
-        names = sorted(served | self.server.cluster.models)
-        entries = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "llmd"}
-            for name in names
-        ]
-        return JSONResponse({"object": "list", "data": entries})
+        cards = [wire.card(name) for name in self.names.listed()]
+        return JSONResponse({"object": "list", "data": cards})
 
+    @_answering_errors
+    async def model(self, http: HttpRequest) -> Response:
+        name = http.path_params["name"]
+        if name not in self.names.listed():
+            raise self.names.unknown(name)
+        return JSONResponse(wire.card(name))
+
+    @_answering_errors
     async def health(self, http: HttpRequest) -> Response:
         ready = int(self.server.cluster.view.workers.ready().sum())
         return JSONResponse({"ready_workers": ready}, 200 if ready else 503)
 
+    @_answering_errors
     async def metrics(self, http: HttpRequest) -> Response:
         text = generate_latest(self.observer.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -140,7 +152,7 @@ class _Edge:
     ) -> list[answers.Answer]:
         call = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         now = self.server.clock()
-        model, lora = self._model(ask.model)
+        model, lora = self.names.resolve(ask.model)
         made = []
         for index in range(len(prompts) * ask.choices):
             request = Request(
@@ -159,30 +171,23 @@ class _Edge:
             made.append(answers.Answer(request=request, index=index, chat=chat))
         return made
 
-    def _model(self, name: str) -> tuple[str, str]:
-        """Return the model and the adapter that *name* means.
 
-        As in vLLM's server, an adapter is asked for by its own name.
-        """
-        for worker in self.server.cluster.view.workers.facts:
-            if name in worker.loras and name not in worker.models:
-                return "", name
-        return name, ""
+async def _no_such_path(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = faults.body_of_status(error.status_code, http.url.path)
+    return JSONResponse(body, error.status_code, headers=error.headers)
 
 
 def _error_response(error: Exception) -> JSONResponse:
-    status = wire.status_of(error)
-    if not isinstance(error, LlmdError):
-        _log.exception("an endpoint failed", exc_info=error)
-    headers = wire.retry_after(error)
-    return JSONResponse(wire.error_body(error), status, headers=headers)
+    headers = faults.retry_after(error)
+    return JSONResponse(_told(error), faults.status_of(error), headers=headers)
 
 
-def _first(error: Exception) -> Exception:
-    """Return the error that a group of tasks failed with first."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _told(error: Exception) -> dict[str, Any]:
+    """Return what the client is told of *error*; tell the log what only it may."""
+    if faults.is_ours(error):
+        _log.error("an endpoint failed", exc_info=error)
+    return faults.body_of(error)
 
 
 async def _while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
@@ -232,7 +237,7 @@ async def _events(
             async for piece in pieces:
                 yield _event(piece)
         except Exception as error:
-            yield _event(wire.error_body(_first(error)))
+            yield _event(_told(faults.first(error)))
             return
         yield "data: [DONE]\n\n"
 

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from ...live import Output
 from ...types import Request
+from .names import Names
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -25,9 +26,11 @@ class Observer:
     """Measures each request from its arrival at the edge to its end.
 
     Attributes:
+        names: Tells which names may be labels.
         registry: Where the measures are kept.
     """
 
+    names: Names
     registry: CollectorRegistry = attrs.field(factory=CollectorRegistry)
     _ttft: Histogram = attrs.field(init=False)
     _e2e: Histogram = attrs.field(init=False)
@@ -61,7 +64,8 @@ class Observer:
     @contextlib.contextmanager
     def request(self, request: Request) -> Iterator[Callable[[Output], None]]:
         """Measure one request; call what this yields with every piece."""
-        begun, model, first = time.monotonic(), request.model, True
+        begun, first = time.monotonic(), True
+        model = self.names.label(request)
 
         def seen(output: Output) -> None:
             nonlocal first

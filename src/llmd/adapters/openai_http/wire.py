@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,17 +12,15 @@ from typing import Any
 import attrs
 from starlette.requests import Request as HttpRequest
 
-from ...errors import (
-    DeadlineExceeded,
-    EngineError,
-    InvalidRequest,
-    LlmdError,
-    Rejected,
-    UnknownModel,
-    WorkerLost,
-)
+from ...errors import InvalidRequest
+from . import unsupported
+from .faults import TooLarge
 
 MAX_CHOICES = 128
+
+# Strict UTF-8 has no surrogates: only an escape can bring one, alone or paired.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NO_TEXT = "a string in the body is not Unicode text: it has a lone surrogate"
 
 _SAMPLING = (
     "allowed_token_ids",
@@ -47,21 +46,18 @@ _SAMPLING = (
 )
 
 
-class TooLarge(InvalidRequest):
-    """The body exceeds what the edge reads."""
-
-
 @attrs.frozen(kw_only=True)
 class Ask:
     """One HTTP call for text, checked.
 
     Attributes:
-        body: The JSON object as it came.
         model: Name, perhaps of an adapter; empty if not given.
         max_new_tokens: Or None if not given.
         choices: Answers wanted for each prompt.
         stream: Whether to answer in pieces.
         include_usage: Whether the last piece tells token counts.
+        tools: For the chat template to show.
+        template: Further variables of the chat template.
         sampling: For the engine.
         tenant: Who to be fair to.
         session: Conversation, from a header.
@@ -70,12 +66,13 @@ class Ask:
         timeout: Seconds the client waits, or infinity.
     """
 
-    body: Mapping[str, Any]
     model: str
     max_new_tokens: int | None
     choices: int
     stream: bool
     include_usage: bool
+    tools: Sequence[Mapping[str, Any]]
+    template: Mapping[str, Any]
     sampling: Mapping[str, Any]
     tenant: str
     session: str
@@ -89,7 +86,8 @@ async def read(http: HttpRequest, limit_bytes: int) -> Mapping[str, Any]:
 
     Raises:
         TooLarge: More than *limit_bytes*; the rest is not read.
-        InvalidRequest: Not a JSON object in UTF-8.
+        InvalidRequest: Not a JSON object in UTF-8, or with strings that are
+            not Unicode text.
     """
     body = bytearray()
     async for chunk in http.stream():
@@ -98,6 +96,10 @@ async def read(http: HttpRequest, limit_bytes: int) -> Mapping[str, Any]:
             raise TooLarge(f"the body exceeds {limit_bytes} bytes")
     try:
         read = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        if _SURROGATE.search(body):
+            json.dumps(read, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(_NO_TEXT) from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
     if not isinstance(read, dict):
@@ -114,21 +116,19 @@ def ask(http: HttpRequest, body: Mapping[str, Any], default_tokens: int | None) 
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidRequest("stream_options is not an object")
-    for name in ("echo", "suffix", "best_of"):
-        if body.get(name) and (name != "best_of" or body[name] != 1):
-            raise InvalidRequest(f"{name} is not supported")
-    given = _whole(body, "max_completion_tokens", _whole(body, "max_tokens", None))
+    unsupported.refuse(body)
     choices = _whole(body, "n", None)
     choices = 1 if choices is None else choices
     if not 1 <= choices <= MAX_CHOICES:
         raise InvalidRequest(f"n is {choices}, must be 1 to {MAX_CHOICES}")
     return Ask(
-        body=body,
         model=_text(body, "model"),
-        max_new_tokens=default_tokens if given is None else given,
+        max_new_tokens=_new_tokens(body, default_tokens),
         choices=choices,
         stream=_flag(body, "stream"),
         include_usage=_flag(options, "include_usage"),
+        tools=unsupported.tools_of(body),
+        template=unsupported.template_of(body),
         sampling={name: body[name] for name in _SAMPLING if body.get(name) is not None},
         tenant=http.headers.get("x-llmd-tenant") or _text(body, "user"),
         session=http.headers.get("x-session-id", ""),
@@ -136,47 +136,6 @@ def ask(http: HttpRequest, body: Mapping[str, Any], default_tokens: int | None) 
         priority=_whole(body, "priority", 0) or 0,
         timeout=_timeout(http),
     )
-
-
-def status_of(error: Exception) -> int:
-    """Return the HTTP status that says whose fault *error* is."""
-    match error:
-        case TooLarge():
-            return 413
-        case UnknownModel():
-            return 404
-        case InvalidRequest():
-            return 400
-        case Rejected():
-            return 429
-        case DeadlineExceeded():
-            return 504
-        case WorkerLost() | EngineError():
-            return 503
-    return 500
-
-
-def error_body(error: Exception) -> dict[str, Any]:
-    """Return *error* as OpenAI clients read it."""
-    status = status_of(error)
-    known = isinstance(error, LlmdError)
-    kind = "invalid_request_error" if status < 429 else "server_error"
-    return {
-        "error": {
-            "message": str(error) if known else "internal error",
-            "type": "rate_limit_error" if status == 429 else kind,
-            "param": None,
-            "code": type(error).__name__ if known else "InternalError",
-        }
-    }
-
-
-def retry_after(error: Exception) -> dict[str, str]:
-    """Return the header that says when to try again, if that is known."""
-    if isinstance(error, Rejected):
-        seconds = 1.0 if math.isnan(error.retry_after) else error.retry_after
-        return {"Retry-After": str(max(1, math.ceil(seconds)))}
-    return {"Retry-After": "1"} if status_of(error) == 503 else {}
 
 
 def usage(prompt: int, cached: int, new: int) -> dict[str, Any]:
@@ -192,6 +151,11 @@ def usage(prompt: int, cached: int, new: int) -> dict[str, Any]:
 def envelope(kind: str, id: str, model: str) -> dict[str, Any]:
     """Return what every answer and every piece of one begins with."""
     return {"id": id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def card(name: str) -> dict[str, Any]:
+    """Return the entry of a model or adapter."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llmd"}
 
 
 def prompts_of(body: Mapping[str, Any]) -> list[str | Sequence[int]]:
@@ -214,18 +178,40 @@ def prompts_of(body: Mapping[str, Any]) -> list[str | Sequence[int]]:
     return prompt
 
 
-def messages_of(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def messages_of(body: Mapping[str, Any]) -> list[Any]:
     """Return the messages of a chat call.
 
     Raises:
-        InvalidRequest: None, or not a list of objects.
+        InvalidRequest: None, or not a list of messages in text.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list with at least one message")
-    if not all(isinstance(message, dict) for message in messages):
-        raise InvalidRequest("a message must be an object")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise InvalidRequest("a message must be an object")
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequest("a message needs a role, as text")
+        if not _is_content(message.get("content")):
+            raise InvalidRequest(
+                "the content of a message must be text, or a list of text parts"
+            )
     return messages
+
+
+def _is_content(content: Any) -> bool:
+    if isinstance(content, list):
+        return all(isinstance(part, str) or _is_text_part(part) for part in content)
+    # A turn that only called tools has no content.
+    return content is None or isinstance(content, str)
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.get("type") in ("text", "input_text")
+        and isinstance(part.get("text"), str)
+    )
 
 
 def _token_ids(prompt: Any) -> bool:
@@ -243,6 +229,16 @@ def _whole(body: Mapping[str, Any], name: str, default: int | None) -> int | Non
     if type(value) is not int or abs(value) >= 1 << 63:
         raise InvalidRequest(f"{name} is {value!r}, must be a whole number")
     return value
+
+
+def _new_tokens(body: Mapping[str, Any], default: int | None) -> int | None:
+    for name in ("max_completion_tokens", "max_tokens"):
+        given = _whole(body, name, None)
+        if given is not None:
+            if given < 1:
+                raise InvalidRequest(f"{name} is {given}, must be at least 1")
+            return given
+    return default
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:

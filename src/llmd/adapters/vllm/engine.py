@@ -161,7 +161,7 @@ class VllmEngine(Engine):
         return await asyncio.shield(self._death)
 
     async def tokenize(self, text: str) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode, text)
+        return await self._tokenizer.encoded(text)
 
     async def chat(
         self,
@@ -170,9 +170,7 @@ class VllmEngine(Engine):
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        return await asyncio.to_thread(
-            self._tokenizer.chat, messages, tools=tools, template=template
-        )
+        return await self._tokenizer.prompted(messages, tools=tools, template=template)
 
     async def pause(self) -> None:
         """Freeze all requests where they are, keeping their KV."""
