@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from llmd.machines import Machine
 from llmd.machines.fit import Step, errors, fit_from_probe
 from llmd.sim import EngineSettings, Report, Workload, simulate, workloads
 
+NAMES = ("dialogue", "documents", "batch", "shared_prefix")
 LOADS = (0.3, 0.6, 0.85)
 WITHIN = {"tpot": 0.10, "e2e": 0.10, "ttft_p50": 0.15, "ttft_p99": 0.30}
 
@@ -167,6 +168,7 @@ class Prober:
     engine: VllmEngine
     site: Site
     steps: list[Step] = attrs.field(factory=list)
+    waits: list[tuple[float, float]] = attrs.field(factory=list)
     _count: Any = attrs.field(factory=itertools.count, init=False)
     _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
 
@@ -180,6 +182,9 @@ class Prober:
         for context in self.site.contexts:
             for requests in self.site.batches:
                 await self._decode(requests, max(context, 32))
+        for tokens in self.site.prompts[::2]:
+            for requests in self.site.batches[2::2]:
+                await self._mixed(tokens, requests, max(self.site.contexts[1], 32))
 
     async def _prefill(self, tokens: int, context: int) -> None:
         head = self._tokens(context)
@@ -208,6 +213,29 @@ class Prober:
         gap = (inside[-1] - inside[0]) / (len(inside) - 1)
         middle = requests * (context + new / 2)
         self.steps.append(Step(0, 0, requests, middle, gap))
+
+    async def _mixed(self, tokens: int, requests: int, context: int) -> None:
+        """Let a prompt join *requests* that generate, and time the step of both."""
+        new, head = 60, self._tokens(context)
+        await self._first(head)
+        running: list[list[float]] = [[] for _ in range(requests)]
+
+        async def one(times: list[float]) -> None:
+            async for piece in self._ask([*head, *self._tokens(1)], new):
+                times.extend([time.perf_counter()] * bool(piece.token_ids))
+
+        async def joins() -> float:
+            while min(map(len, running)) < 15:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            return await self._first(self._tokens(tokens))
+
+        *_, waited = await asyncio.gather(*map(one, running), joins())
+        # All of them sat through it: its length is the longest gap of each.
+        gaps = [float(np.diff(times[12:]).max()) for times in running]
+        step = statistics.median(gaps)
+        at = requests * (context + 20.0)
+        self.steps.append(Step(tokens, 0, requests, at, step))
+        self.waits.append((step, waited))
 
     async def _first(self, tokens: Sequence[int]) -> float:
         begun = time.perf_counter()
@@ -274,8 +302,14 @@ class Fleet:
         )
 
 
-async def measure(site: Site, engines: int, seconds: float) -> dict[str, Any]:
-    """Probe, fit, and run the grid; return all figures."""
+async def measure(
+    site: Site,
+    engines: int,
+    seconds: float,
+    cells: Sequence[tuple[str, float]],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Probe, fit, and run *cells*; have *keep* keep all figures so far."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(site.shape))
         async with Server(llmd.Cluster()) as server:
@@ -291,45 +325,51 @@ async def measure(site: Site, engines: int, seconds: float) -> dict[str, Any]:
             machine = fit_from_probe(steps)
             fit = errors(machine, steps)
             print(f"probed {probed_s:.0f} s; fit: {fit}", flush=True)
-            if os.environ.get("SHOW_STEPS"):
-                for step in steps:
-                    print(step, f"{errors(machine, [step]).worst:.1%}")
             facts = [*server.cluster.view.workers.facts]
             fleet = Fleet(facts, machine, site)
-            rows = await _grid(server, fleet, seconds)
-    return {
-        "probe_s": probed_s,
-        "fit": attrs.asdict(fit),
-        "machine": {
-            name: value
-            for name, value in attrs.asdict(machine).items()
-            if isinstance(value, float)
-        },
-        "rows": rows,
-    }
+            found: dict[str, Any] = {
+                "probe_s": probed_s,
+                "fit": attrs.asdict(fit),
+                "machine": {
+                    name: value
+                    for name, value in attrs.asdict(machine).items()
+                    if isinstance(value, float)
+                },
+                "steps": [attrs.astuple(step) for step in steps],
+                "waits": [wait for prober in probers for wait in prober.waits],
+                "rows": [],
+            }
+            keep(found)
+            async for row in _grid(server, fleet, seconds, cells):
+                found["rows"].append(row)
+                keep(found)
 
 
-async def _grid(server: Server, fleet: Fleet, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for name in ("dialogue", "documents", "batch", "shared_prefix"):
-        most = saturation(fleet.site, name, fleet)
-        for load in LOADS:
-            rate = load * most
-            workload = fleet.site.workload(name, rate, max(int(rate * seconds), 40))
-            await _clear(server)
-            server.cluster.router = fleet.router()
-            vocabulary = fleet.site.shape["vocab_size"]
-            generator = LoadGenerator(server, vocabulary=vocabulary)
-            row: dict[str, Any] = {"workload": name, "load": load, "rate": rate}
-            try:
-                row["live"] = figures(await generator.run(workload))
-            except ScheduleLag as lag:
-                row["lag"] = str(lag)
-            else:
-                row["sim"] = figures(fleet.simulate(workload))
-                _print(row)
-            rows.append(row)
-    return rows
+async def _grid(
+    server: Server, fleet: Fleet, seconds: float, cells: Sequence[tuple[str, float]]
+) -> AsyncIterator[dict[str, Any]]:
+    vocabulary = fleet.site.shape["vocab_size"]
+    for name, load in cells:
+        rate = load * saturation(fleet.site, name, fleet)
+        workload = fleet.site.workload(name, rate, max(int(rate * seconds), 40))
+        await _clear(server)
+        server.cluster.router = fleet.router()
+        generator = LoadGenerator(server, vocabulary=vocabulary)
+        row: dict[str, Any] = {
+            "workload": name,
+            "load": load,
+            "rate": rate,
+            "requests": len(workload),
+        }
+        try:
+            row["live"] = figures(await generator.run(workload))
+        except ScheduleLag as lag:
+            row["lag"] = str(lag)
+            print(f"{name} {load:.0%}: {lag}", flush=True)
+        else:
+            row["sim"] = figures(fleet.simulate(workload))
+            _print(row)
+        yield row
 
 
 async def _clear(server: Server) -> None:
@@ -362,14 +402,23 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--cells", nargs="*", metavar="WORKLOAD:LOAD")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     site, engines = (GPU, 1) if options.gpu else (CPU, 2)
-    found = asyncio.run(measure(site, options.engines or engines, options.seconds))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    cells = [(name, load) for name in NAMES for load in LOADS]
+    if options.cells:
+        split = [cell.split(":") for cell in options.cells]
+        cells = [(name, float(load)) for name, load in split]
+
+    def keep(found: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    count = options.engines or engines
+    asyncio.run(measure(site, count, options.seconds, cells, keep))
 
 
 if __name__ == "__main__":

@@ -124,11 +124,13 @@ async def kv_scoring(model):
         and usage.max() > 0
         and decision.costs.argmin() == decision.candidates.index(decision.decode)
     )
-    best = -decision.costs.min()
-    return (
-        passed,
-        f"{decision.decode} at {best:.3f}, KV usage {usage.round(4).tolist()}",
-    )
+    scores = [
+        f"{worker} "
+        + " + ".join(f"{-t.weight:g} x {t.value[row]:.3f}" for t in decision.terms)
+        + f" = {-decision.costs[row]:.3f}"
+        for row, worker in enumerate(decision.candidates)
+    ]
+    return passed, f"prefix, KV, queue: {'; '.join(scores)}; to {decision.decode}"
 
 
 async def several_models(model):

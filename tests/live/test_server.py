@@ -378,3 +378,15 @@ async def test_ten_thousand_cancels_leak_nothing(make_engine):
         assert booked(server) == 0
         assert not any(engine.running for engine in server.engines.values())
         assert not server._errands
+
+
+async def test_an_engine_that_fails_fast_does_not_swallow_the_fleet(make_engine):
+    """It looks idle, so that routers send it everything, but no retry as well."""
+    async with Server() as server:
+        await server.add(make_engine(fault="error"), "broken")
+        await server.add(make_engine(pace=0.002), "sound")
+        answers = await asyncio.gather(
+            *(collect(server, request(f"r{n}", max_new_tokens=3)) for n in range(50))
+        )
+        assert answers == [[7] * 3] * 50
+        assert booked(server) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 from ..blocks import Hashes, Prompt, seed_of
@@ -19,6 +21,9 @@ class EngineSettings:
         by_priority: Waiting requests go by `Request.priority`, as with vLLM's
             `scheduling_policy="priority"`; otherwise first come, first served.
         prefix_caching: Reuse blocks between requests.
+        steps_ahead: Steps that are scheduled before the one under way has ended,
+            0 or 1; who comes meanwhile joins after them.  vLLM's asynchronous
+            scheduling, its default, has one.
         report_tokens: Generated tokens between two progress reports.
         cpu_blocks: Blocks of host memory that take what the GPU evicts.
         cold_start_s: Seconds from the wish for a worker to its joining ready.
@@ -31,6 +36,7 @@ class EngineSettings:
     watermark: float = 0.0
     by_priority: bool = False
     prefix_caching: bool = True
+    steps_ahead: int = 1
     report_tokens: int = 128
     cpu_blocks: int = 0
     cold_start_s: float = 60.0
@@ -38,6 +44,8 @@ class EngineSettings:
     def __attrs_post_init__(self) -> None:
         if self.step_tokens < 1 or self.report_tokens < 1:
             raise InvalidRequest(f"{self!r} makes no progress")
+        if self.steps_ahead not in (0, 1):
+            raise InvalidRequest(f"steps_ahead is {self.steps_ahead}, want 0 or 1")
         if not 0.0 <= self.watermark < 1.0:
             raise InvalidRequest(f"watermark is {self.watermark}, want [0, 1)")
 
@@ -52,6 +60,8 @@ class Sequence:
         output_tokens: How long the answer gets here.
         names: Of the prompt's full blocks.
         order: Its place in line.
+        missed: End of the step under way when it came; the one after that was
+            scheduled too, if there was anything to do.
         remote: Its KV comes from another worker: the last token is all there
             is to compute.
         prefill_only: Another worker decodes it.
@@ -75,6 +85,7 @@ class Sequence:
     output_tokens: int
     names: list[int]
     order: int = 0
+    missed: float = -math.inf
     remote: bool = False
     prefill_only: bool = False
     length: int = 0

@@ -38,6 +38,10 @@ class Run:
         grown = self.growth_s * (steps - 1) / 2.0
         return self.start + steps * (self.first_s + grown)
 
+    def end_of_step(self, now: float) -> float:
+        """Return when the step under way at *now* ends."""
+        return self.after(self.steps_by(now))
+
     def steps_by(self, now: float) -> int:
         """Count the steps begun by *now*, at least 1, in O(log steps)."""
         low, high = 1, self.steps

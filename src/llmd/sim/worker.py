@@ -18,6 +18,7 @@ admitted until it is computed; they are reported when it is.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 
 import attrs
@@ -82,6 +83,7 @@ class ModelWorker:
     _prompt_tokens: int = attrs.field(default=0, init=False)
     _loading: int = attrs.field(default=0, init=False)
     _aborted: bool = attrs.field(default=False, init=False)
+    _missed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.kv = Residency(self.worker, self.settings, self._events)
@@ -119,8 +121,11 @@ class ModelWorker:
             self._end(sequence, now, "the prompt is larger than the KV cache")
             return None
         self._push(sequence)
-        if self._run is None:
+        run = self._run
+        if run is None:
             return self.plan(now)
+        if self.settings.steps_ahead:
+            sequence.missed = run.end_of_step(now)
         first = self._queued == 1 or self.settings.by_priority
         if first and self._partial is None and len(self._decoding) < self._places:
             return self._cut(now)
@@ -159,7 +164,7 @@ class ModelWorker:
         if self._aborted:
             self._sweep()
         while True:
-            chunks = self._chunks()
+            chunks = self._chunks(now)
             if not chunks and not len(self._decoding):
                 return None
             steps = self._most_steps(chunks)
@@ -216,7 +221,7 @@ class ModelWorker:
         run.steps = steps
         return run.end
 
-    def _chunks(self) -> list[tuple[int, int]]:
+    def _chunks(self, now: float) -> list[tuple[int, int]]:
         """Choose the prompts of the next step: (tokens, context before)."""
         budget = self.settings.step_tokens - len(self._decoding)
         chunks = []
@@ -232,7 +237,10 @@ class ModelWorker:
             self._partial = None
             self._completing.append(partial)
             budget -= tokens
-        while budget > 0 and (sequence := self._admitted()) is not None:
+        # What goes on by itself was scheduled ahead, and newcomers were not seen.
+        ahead = now if chunks or len(self._decoding) else math.inf
+        self._missed = False
+        while budget > 0 and (sequence := self._admitted(ahead)) is not None:
             self._loading += sequence.loaded
             left = sequence.length - sequence.computed
             tokens = min(left, budget)
@@ -244,8 +252,12 @@ class ModelWorker:
                 self._partial = sequence
         return chunks
 
-    def _admitted(self) -> Sequence | None:
-        """Take the next that waits, its blocks given; None if it has to wait."""
+    def _admitted(self, ahead: float) -> Sequence | None:
+        """Take the next that waits, its blocks given; None if it has to wait.
+
+        Args:
+            ahead: Who came in the step that ended now was missed.
+        """
         waiting, decoding, cache = self._waiting, self._decoding, self.kv.cache
         while waiting and waiting[0][2].gone:
             heapq.heappop(waiting)
@@ -253,6 +265,9 @@ class ModelWorker:
         if not waiting or places >= self._places:
             return None
         sequence, spare = waiting[0][2], 0
+        if sequence.missed >= ahead:
+            self._missed = True
+            return None
         if places:
             spare = int(self.settings.watermark * cache.capacity_blocks)
             blocks = -(-sequence.length // self.worker.block_tokens)
@@ -266,7 +281,7 @@ class ModelWorker:
 
     def _most_steps(self, chunks: list[tuple[int, int]]) -> int:
         """Count the steps for which nothing changes; 0 if blocks are short."""
-        most = 1 if chunks else 1 << 60
+        most = 1 if chunks or self._missed else 1 << 60
         partial = self._partial
         if partial is not None and len(chunks) == 1 and not self._completing:
             tokens = chunks[0][0]
