@@ -182,8 +182,10 @@ class Prober:
         for context in self.site.contexts:
             for requests in self.site.batches:
                 await self._decode(requests, max(context, 32))
-        for tokens in self.site.prompts[::2]:
-            for requests in self.site.batches[2::2]:
+        for tokens, requests in itertools.product(
+            self.site.prompts[::2], self.site.batches[2::2]
+        ):
+            for _ in range(3):
                 await self._mixed(tokens, requests, max(self.site.contexts[1], 32))
 
     async def _prefill(self, tokens: int, context: int) -> None:

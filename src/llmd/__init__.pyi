@@ -26,6 +26,8 @@ from .router import (
     TermRouter,
     UniformLink,
 )
+from .timeslice import QuantumScheduler, TimeSlice
+from .transport import KVTransport
 from .types import Request, RequestId, Role, Signals, State, Tier, Worker, WorkerId
 from .view import View, Workers
 
@@ -46,6 +48,7 @@ __all__ = [
     "GuessedIndex",
     "Hasher",
     "KVHeadroom",
+    "KVTransport",
     "LeastDelay",
     "LeastLoaded",
     "LeastWork",
@@ -55,6 +58,7 @@ __all__ = [
     "PrefixIndex",
     "PrefixOverlap",
     "Prompt",
+    "QuantumScheduler",
     "QueueBalancer",
     "QueueDepth",
     "Random",
@@ -71,6 +75,7 @@ __all__ = [
     "Term",
     "TermRouter",
     "Tier",
+    "TimeSlice",
     "UniformLink",
     "Verdict",
     "View",
