@@ -76,6 +76,32 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decoding():
     assert times(events, e.RequestEnded).keys() == {"a", "b"}
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_who_comes_in_a_step_joins_after_what_was_scheduled_ahead(steps_ahead):
+    model = make(steps_ahead=steps_ahead)
+    first, second = sequence("a", 10, output=50), sequence("b", 10)
+    began = MACHINE.prefill_s(10.0)
+    steps = MACHINE.decode_s(1, 11.0), MACHINE.decode_s(1, 12.0)
+    # Half-way through the first step that decodes.
+    events = drain(model, [(0.0, first), (began + 0.005, second)])
+    [at] = [
+        event.at
+        for event in events
+        if isinstance(event, e.FirstToken) and event.request_id == "b"
+    ]
+    joined = began + sum(steps[: 1 + steps_ahead])
+    with_it = MACHINE.step_s(10, 0, 1, 12.0 + steps_ahead)
+    assert at == pytest.approx(joined + with_it, rel=1e-3)
+
+
+def test_nothing_is_scheduled_ahead_of_an_idle_engine():
+    model = make()
+    arrivals = [(0.0, sequence("a", 10)), (0.005, sequence("b", 10))]
+    events = drain(model, arrivals)
+    times = [event.at for event in events if isinstance(event, e.FirstToken)]
+    assert times == pytest.approx([MACHINE.prefill_s(10.0) * k for k in (1, 2)])
+
+
 def test_a_second_prompt_finds_full_blocks_but_its_last_token_is_computed():
     model = make()
     events = drain(
