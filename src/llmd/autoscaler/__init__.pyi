@@ -1,6 +1,7 @@
 from .behavior import Behavior, Count, Percent, Rules, Select
 from .followers import (
     Consolidation,
+    Crowded,
     Largest,
     TargetConcurrency,
     TargetKV,
@@ -23,6 +24,7 @@ __all__ = [
     "Cheapest",
     "Consolidation",
     "Count",
+    "Crowded",
     "Forecast",
     "HoltWinters",
     "Kpa",

@@ -11,6 +11,7 @@ import attrs
 
 from ..errors import InvalidPolicy, NoSignal
 from ..recommendation import Proposal
+from ..timeslice import Infeasible
 from ..view import View
 from .interface import Autoscaler
 
@@ -157,6 +158,37 @@ class TargetUtilisation(Autoscaler):
         if math.isnan(measured):
             raise NoSignal("the utilisation is NaN")
         return int(view.workers.ready().sum()) * measured / self.utilisation
+
+
+@attrs.define(kw_only=True)
+class Crowded(Autoscaler):
+    """Wants workers for the engines that a shared GPU cannot serve in time.
+
+    To be told of by a GPU, and used among others:
+
+        crowded = Crowded()
+        gpu = SharedGpu(arbiter, complain=crowded.hear)
+        policy = Largest(policies=(latency, crowded), max_workers=8)
+
+    >>> Crowded().complaint is None
+    True
+    """
+
+    complaint: Infeasible | None = attrs.field(default=None, init=False)
+    _there: int | None = attrs.field(default=None, init=False)
+
+    def hear(self, what: Infeasible | None) -> None:
+        """Note what the GPU cannot do; None: all is well again."""
+        if what != self.complaint:
+            self.complaint, self._there = what, None
+
+    def wanted(self, view: View) -> float:
+        if self.complaint is None:
+            return 0.0
+        if self._there is None:
+            # As many more as do not fit, and no more while it lasts.
+            self._there = len(view.workers)
+        return self._there + self.complaint.engines - self.complaint.engines_that_fit
 
 
 @attrs.define(kw_only=True)

@@ -94,7 +94,10 @@ class Server:
             self._drop(worker)
             await engine.stop()
             raise
-        facts = attrs.evolve(facts, id=worker, state=State.READY)
+        # One that shares its GPU may begin asleep.
+        asleep = facts.state is State.SLEEPING
+        state = State.SLEEPING if asleep else State.READY
+        facts = attrs.evolve(facts, id=worker, state=state)
         self.handle(e.WorkerChanged(self.clock(), worker, facts=facts))
         self._watchers[worker] = asyncio.create_task(self._watch(worker, engine))
         return worker

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
+from ..cluster import Cluster
 from ..errors import InvalidSlice, LlmdError
 from ..machines import Machine
 from ..timeslice import (
@@ -34,6 +35,7 @@ from ..timeslice import (
 )
 from ..types import Request, RequestId, State, Worker, WorkerId
 from .engine import Call, Engine, Output, Report
+from .sleepers import Sleepers
 
 _log = logging.getLogger("llmd.live")
 _RETRY_S = 0.1
@@ -70,6 +72,7 @@ class SharedGpu:
             bulk = gpu.share(VllmEngine("bulk"), Sharer(engine="bulk"))
             await server.add(chat)
             await server.add(bulk)
+            gpu.follow(server.cluster)
 
     Attributes:
         arbiter: Decides; its policy may be replaced at any time.
@@ -86,6 +89,7 @@ class SharedGpu:
     _tasks: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
     _alarm: asyncio.TimerHandle | None = attrs.field(default=None, init=False)
     _closed: bool = attrs.field(default=False, init=False)
+    _followed: Sleepers | None = attrs.field(default=None, init=False)
 
     def share(
         self,
@@ -118,6 +122,21 @@ class SharedGpu:
         )
         self._engines[sharer.engine] = shared
         return shared
+
+    def follow(self, cluster: Cluster) -> None:
+        """Let requests for engines that sleep wait in *cluster*, as their demand.
+
+        Without this, they wait in the queue of the engine that sleeps, where
+        the balancer's order binds no more.  To be called once.
+        """
+        self._followed = Sleepers(cluster, lambda: [*self._engines.values()])
+        for shared in self._engines.values():
+            shared.show()
+
+    @property
+    def followed(self) -> bool:
+        """Whether requests wait in a cluster."""
+        return self._followed is not None
 
     def tell(self, event: Callable[[float], GpuEvent]) -> None:
         """Feed the arbiter with an event of now, and carry out what it says."""
@@ -194,6 +213,7 @@ class SharedGpu:
             failure = f"{type(error).__name__}: {error}"
             self.tell(lambda at: Failed(at, name, action, failure))
         else:
+            shared.did(action)
             self.tell(lambda at: Done(at, name, action))
 
     def leave(self, name: str) -> None:
@@ -207,7 +227,8 @@ class SharedEngine(Engine):
     """An engine that runs only in its turns; made by `SharedGpu.share`.
 
     Requests are taken at any time: the engine's own queue holds them while it
-    is paused or asleep, and they count as its wish for the GPU.
+    is paused or asleep, and they count as its wish for the GPU.  Where the GPU
+    follows a cluster, one that sleeps is shown as sleeping and gets none.
     """
 
     engine: Any
@@ -219,6 +240,9 @@ class SharedEngine(Engine):
     _wanting: dict[RequestId, tuple[int, float]] = attrs.field(factory=dict, init=False)
     _due: dict[RequestId, float] = attrs.field(factory=dict, init=False)
     _lost: asyncio.Future[str] | None = attrs.field(default=None, init=False)
+    _facts: Worker | None = attrs.field(default=None, init=False)
+    _progress: Callable[[State], None] | None = attrs.field(default=None, init=False)
+    _asleep: bool = attrs.field(default=False, init=False)
 
     async def start(
         self,
@@ -228,11 +252,53 @@ class SharedEngine(Engine):
     ) -> Worker:
         self._lost = asyncio.get_running_loop().create_future()
         facts: Worker = await self.engine.start(worker, report, progress)
+        self._facts, self._progress = attrs.evolve(facts, id=worker), progress
         if self.starts_asleep:
             await self.engine.pause()
             await self.engine.sleep()
+            self._asleep = True
+            if self.gpu.followed:
+                facts = attrs.evolve(facts, state=State.SLEEPING)
         self.gpu.tell(lambda at: Joined(at, self.sharer, self.starts_asleep))
         return facts
+
+    @property
+    def worker(self) -> WorkerId:
+        """Its id in the cluster; empty before it has started."""
+        return "" if self._facts is None else self._facts.id
+
+    def did(self, action: Action) -> None:
+        """Note that the engine fell asleep or woke up."""
+        if action in (Action.SLEEP, Action.WAKE):
+            self._asleep = action is Action.SLEEP
+            self.show()
+
+    def show(self) -> None:
+        """Tell the cluster that is followed whether this sleeps."""
+        if self._progress is not None and self.gpu.followed:
+            self._progress(State.SLEEPING if self._asleep else State.READY)
+
+    def could_serve(self, request: Request) -> bool:
+        """Say whether it sleeps, and could serve *request* if it did not."""
+        facts = self._facts
+        if facts is None or not self._asleep:
+            return False
+        tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+        return (
+            (not request.model or not facts.models or request.model in facts.models)
+            and (not request.lora or request.lora in facts.loras)
+            and tokens <= facts.max_model_tokens
+        )
+
+    def wish(self, request: Request) -> None:
+        """Count a request that waits elsewhere as a wish for the GPU."""
+        self._want(request)
+
+    def unwish(self, id: RequestId) -> None:
+        """Count it no more."""
+        self._wanting.pop(id, None)
+        self._due.pop(id, None)
+        self._tell()
 
     async def generate(self, call: Call) -> AsyncIterator[Output]:
         request = call.request
@@ -247,9 +313,7 @@ class SharedEngine(Engine):
             finally:
                 await stream.aclose()
         finally:
-            self._wanting.pop(request.id, None)
-            self._due.pop(request.id, None)
-            self._tell()
+            self.unwish(request.id)
 
     async def abort(self, request_id: RequestId) -> None:
         await self.engine.abort(request_id)
