@@ -61,8 +61,8 @@ class Blend(TermRouter):
     Attributes:
         scores: Weights and scores.
 
-    >>> [weight for weight, _ in (2 * PrefixOverlap() + QueueDepth()).scores]
-    [2.0, 1.0]
+    >>> print(*(weight for weight, _ in (2 * PrefixOverlap() + QueueDepth()).scores))
+    2.0 1.0
     """
 
     scores: tuple[tuple[float, Score], ...]

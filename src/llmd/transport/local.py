@@ -90,8 +90,8 @@ class LocalTransport(KVTransport):
     >>> a.offer(Offer(id=id, blocks=[0, 1]))
     >>> b.fetch(Fetch(id=id, peer=b.connect(a.address()), blocks=[3, 2]))
     >>> now = 1.0
-    >>> [type(report).__name__ for report in b.poll()]
-    ['TransferEnded', 'BlocksFreed']
+    >>> print(*(type(report).__name__ for report in b.poll()))
+    TransferEnded BlocksFreed
     """
 
     def __init__(
