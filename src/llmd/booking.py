@@ -22,13 +22,13 @@ class Booking:
         uncached_tokens: Prompt tokens that were to be computed, by the index.
         since: When the request arrived, seconds.
         attempts: Dispatches of it that failed before this one.
-        failed_on: Workers on which they did.
         dispatched_at: When this one began, seconds.
         first_token_at: When its answer began; NaN before.
         last_token_at: When it last generated; during the hook `generated`,
             the time before that.  NaN before the first.
         prefilled: The prompt is computed.
         streamed: Its client has seen part of the answer.
+        failed_on: Workers on which it was dispatched before and failed.
 
     >>> booking = Booking(Request(id="r", prompt=[1]), Decision("a"), 1, 1)
     >>> booking.workers
@@ -42,12 +42,12 @@ class Booking:
     uncached_tokens: int = 0
     since: float = math.nan
     attempts: int = 0
-    failed_on: frozenset[WorkerId] = frozenset()
     dispatched_at: float = math.nan
     first_token_at: float = math.nan
     last_token_at: float = math.nan
     prefilled: bool = False
     streamed: bool = False
+    failed_on: frozenset[WorkerId] = frozenset()
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:
