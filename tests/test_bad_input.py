@@ -98,6 +98,19 @@ def test_a_retry_waits_for_room_elsewhere():
     assert sent.decision.decode == other
 
 
+def test_a_retry_that_waits_holds_nobody_up():
+    cluster = llmd.Cluster(router=llmd.LeastLoaded())
+    for id in "ab":
+        cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id=id, max_running=1)))
+    for name in "xy":
+        cluster.handle(e.RequestArrived(1.0, llmd.Request(id=name, prompt=[1])))
+    worker = cluster.runs("x").decode
+    cluster.handle(e.RequestEnded(2.0, worker, "x", error="broken"))
+    [sent] = cluster.handle(e.RequestArrived(3.0, llmd.Request(id="z", prompt=[1])))
+    assert sent.decision.decode == worker
+    assert cluster.waits("x")
+
+
 def test_an_observer_that_raises_changes_nothing(cluster, caplog):
     def boom(entry):
         raise ZeroDivisionError("in the observer")

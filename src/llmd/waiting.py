@@ -80,7 +80,7 @@ class WaitingRequests:
         else:
             self._last += 1
             number = self._last
-        group = self.group(request)
+        group = self._apart(request, failed_on)
         entry = Entry(request, group, since, attempts, number, failed_on)
         self._enter(entry, view)
         return entry.lane
@@ -152,10 +152,9 @@ class WaitingRequests:
         other = WaitingRequests(balancer, self.group, self.faults)
         other._first, other._last = self._first, self._last
         for old in sorted(self._entries.values(), key=lambda entry: entry.number):
-            group = self.group(old.request)
             entry = Entry(
                 old.request,
-                group,
+                other._apart(old.request, old.failed_on),
                 old.since,
                 old.attempts,
                 old.number,
@@ -204,6 +203,13 @@ class WaitingRequests:
             self.faults.append(fault)
             return fault
         return None
+
+    def _apart(
+        self, request: Request, failed_on: frozenset[WorkerId]
+    ) -> tuple[Hashable, ...]:
+        """Return the group of a request; who must go elsewhere holds nobody up."""
+        group = self.group(request)
+        return (*group, failed_on) if failed_on else group
 
     # Filing --------------------------------------------------------------
 

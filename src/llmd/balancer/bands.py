@@ -16,6 +16,7 @@ from ..types import Request, RequestId
 from ..view import Mask, View
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
+from .over import room_among
 from .verdict import Check, Verdict
 
 OVERDUE = (-1, "")
@@ -189,13 +190,12 @@ class Bands(QueueBalancer):
         return band.ceiling * band.order.share(request, view)
 
     def room(self, request: Request, view: View) -> Mask:
-        room = self._order(request).room(request, view)
-        share = self.share(request, view)
+        order, share = self._order(request), self.share(request, view)
         if share == 1.0:
-            return room
+            return order.room(request, view)
         workers = view.workers
-        held: Mask = workers.running_requests < np.ceil(workers.max_running * share)
-        return room & held
+        open: Mask = workers.running_requests < np.ceil(workers.max_running * share)
+        return room_among(order, request, view, open)
 
     def yields(self, booking: Booking, request: Request, view: View) -> bool:
         number = self.index(booking.request)

@@ -12,7 +12,7 @@ from ..view import Mask, View
 from .accounts import Accounts
 from .gates import Gate
 from .interface import Listener, Place
-from .over import Over
+from .over import Over, room_among
 from .rooms import Room
 from .verdict import Verdict
 
@@ -63,12 +63,13 @@ class FlowControl(Over):
         return Verdict.of([gate.check(request, share, view) for gate in self.gates])
 
     def room(self, request: Request, view: View) -> Mask:
-        room = self.order.room(request, view)
-        if self.rooms:
-            share = self.order.share(request, view)
-            for each in self.rooms:
-                room = room & each.open(request, share, view)
-        return room
+        if not self.rooms:
+            return self.order.room(request, view)
+        share = self.order.share(request, view)
+        open = self.rooms[0].open(request, share, view)
+        for each in self.rooms[1:]:
+            open = open & each.open(request, share, view)
+        return room_among(self.order, request, view, open)
 
     def admitted(self, request: Request, view: View) -> None:
         for listener in self._listeners:

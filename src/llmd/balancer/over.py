@@ -15,6 +15,20 @@ from .orders import Fcfs
 from .verdict import Verdict
 
 
+def room_among(order: QueueBalancer, request: Request, view: View, open: Mask) -> Mask:
+    """Ask *order* for room among the workers that are *open*, (W,), alone.
+
+    One that holds a request for its best worker must not hold it for a worker
+    that somebody else has closed.
+    """
+    if open.all():
+        return order.room(request, view)
+    room = open.copy()
+    if room.any():
+        room[open] = order.room(request, view.only(open))
+    return room
+
+
 @attrs.define(eq=False)
 class Over(QueueBalancer):
     """Does as `order` does; subclasses change what they are there for.

@@ -1,0 +1,1 @@
+"""Orders that prefer the worker with the prefix."""
