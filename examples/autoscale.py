@@ -17,8 +17,9 @@ import llmd
 from llmd.adapters.hpa_manifest import load
 from llmd.adapters.vllm.engine import VllmEngine
 from llmd.adapters.vllm.tiny import make_model
-from llmd.autoscaler import Percent, Rules, SlowStart, TargetConcurrency
+from llmd.autoscaler import Percent, Rules, TargetConcurrency
 from llmd.autoscaler.hpa import Hpa
+from llmd.balancer import SlowStart
 from llmd.live import EnginePool, Server
 
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 16 << 20, "max_num_seqs": 5}

@@ -1,10 +1,13 @@
 """Importing llmd brings what it says and nothing heavy, whatever is installed."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 HEAVY = ("asyncio", "torch", "vllm", "nixl", "zmq", "ray", "starlette", "matplotlib")
 
 
@@ -51,3 +54,19 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="nothing"):
         llmd.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name
+)
+def test_examples_import_what_there_is(path):
+    """Also of those that only run where there are engines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level:
+            continue
+        if not (node.module or "").startswith("llmd"):
+            continue
+        if ".adapters." in f"{node.module}.":
+            continue
+        names = ", ".join(name.name for name in node.names)
+        exec(f"from {node.module} import {names}", {})

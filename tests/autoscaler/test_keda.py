@@ -1,6 +1,7 @@
 """A client generated from KEDA's proto talks to the scaler over gRPC."""
 
 import asyncio
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -144,3 +145,30 @@ async def test_the_hpa_that_keda_makes_asks_for_the_same_count(keda):
         advice, history = spec.step(history, scene)
         replicas = advice.workers
         assert replicas == count
+
+
+async def test_no_change_is_missed_between_two_answers(keda):
+    """Changes that come while an answer is on its way count as well."""
+    scaler, stub, messages = keda
+    scaler.obey(Scale(1))
+    stream = stub.StreamIsActive(target(messages), timeout=30.0)
+    assert (await stream.read()).result is True
+    for turns in range(12):
+        scaler.obey(Scale(0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        scaler.obey(Scale(1))
+        # Three messages at most: whatever it saw, it ends with what is so.
+        last = True
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(0.3):
+                    last = (await asyncio.shield(read_soon(stream))).result
+        assert last is True
+
+
+def read_soon(stream):
+    """Return the read under way, or begin one: a cancelled read ends a stream."""
+    if getattr(stream, "_reading", None) is None or stream._reading.done():
+        stream._reading = asyncio.ensure_future(stream.read())
+    return stream._reading

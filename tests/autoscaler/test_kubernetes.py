@@ -164,3 +164,21 @@ async def test_a_failed_patch_is_sent_again_with_the_newest_count(
         await until(lambda: api_server.scales[DEPLOYMENT] == 3)
     assert scaler.failures == 2
     assert [body["spec"]["replicas"] for *_, body in api_server.patches][-1] == 3
+
+
+async def test_a_restart_makes_nothing_smaller_at_once(make_scaler, api_server):
+    """Its workers have not joined yet, so that the first count is too small."""
+    api_server.scales[DEPLOYMENT] = 5
+    scaler = make_scaler(settle=0.4, pause=0.05)
+    async with scaler:
+        scaler.obey(Scale(1))
+        await asyncio.sleep(0.2)
+        assert api_server.scales[DEPLOYMENT] == 5
+        scaler.obey(Scale(7))
+        async with asyncio.timeout(5.0):
+            while api_server.scales[DEPLOYMENT] != 7:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            scaler.obey(Scale(2))
+            while api_server.scales[DEPLOYMENT] != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)

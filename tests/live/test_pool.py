@@ -200,3 +200,26 @@ def make_room():
         return balancer.room(llmd.Request(id="x", prompt=[1]), cluster.view)
 
     return room
+
+
+async def test_engines_that_die_again_and_again_are_tried_ever_later(make_engine):
+    class Dying(type(make_engine())):
+        async def start(self, worker, report, progress):
+            facts = await super().start(worker, report, progress)
+            asyncio.get_running_loop().call_later(0.01, self.die)
+            return facts
+
+    async with make_server(follow()) as server:
+        starts = []
+
+        def make():
+            starts.append(server.clock())
+            return Dying()
+
+        async with EnginePool(server, make, pause=0.05):
+            server.scale(c.Scale(1))
+            async with asyncio.timeout(20.0):
+                while len(starts) < 5:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    assert gaps[3] > 2 * gaps[0]

@@ -110,7 +110,7 @@ async def test_tokens_are_those_of_an_undisturbed_run(shared):
     time = asyncio.get_running_loop().time
     clients = {name: Client(shared, name, time) for name in WEIGHTS}
     asked = {
-        name: request(f"cut-{name}", prompt(200, salt=5), max_new_tokens=100)
+        name: request(f"cut-{name}", prompt(200, salt=5), max_new_tokens=700)
         for name in WEIGHTS
     }
     before = len(shared.arbiter.history)
@@ -118,7 +118,7 @@ async def test_tokens_are_those_of_an_undisturbed_run(shared):
         await asyncio.gather(*(clients[name].ask(asked[name]) for name in WEIGHTS))
     taken = [turn.engine for turn in [*shared.arbiter.history][before:]]
     assert taken.count("a") > 1, "it was never interrupted"
-    alone = request("alone", prompt(200, salt=5), max_new_tokens=100)
+    alone = request("alone", prompt(200, salt=5), max_new_tokens=700)
     async with asyncio.timeout(PATIENCE):
         await clients["a"].ask(alone)
     # All serve one model, so four answers agree.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -114,6 +115,7 @@ class KedaScaler:
     """
 
     counts: dict[str, int] = attrs.field(factory=dict, init=False)
+    _heard: int = attrs.field(default=0, init=False)
     _changed: asyncio.Condition = attrs.field(factory=asyncio.Condition, init=False)
     _server: Any = attrs.field(default=None, init=False)
     _errands: set[asyncio.Task[None]] = attrs.field(factory=set, init=False)
@@ -121,6 +123,7 @@ class KedaScaler:
     def obey(self, scale: c.Scale) -> None:
         """Answer with *scale* from now on."""
         self.counts[scale.pool] = scale.workers
+        self._heard += 1
         task = asyncio.create_task(self._tell())
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
@@ -146,13 +149,18 @@ class KedaScaler:
         """Say so again whenever it changes."""
         said: bool | None = None
         while True:
+            heard = self._heard
             active = await self._count(request, context) > 0
             if active is not said:
                 said = active
                 yield self._active(int(active))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(60.0), self._changed:
-                    await self._changed.wait()
+                    # What changed since the count was read counts as well.
+                    await self._changed.wait_for(partial(self._moved_on, heard))
+
+    def _moved_on(self, heard: int) -> bool:
+        return self._heard != heard
 
     async def get_metric_spec(self, request: Any, context: Any) -> Any:
         """Name the metric: workers, of which each worker makes one."""

@@ -83,6 +83,8 @@ class KubernetesScaler:
         api: Of the cluster; loaded from the surroundings by `from_environment`.
         timeout: Seconds for one call.
         pause: Seconds before a failed call is tried again.
+        settle: Seconds from the start in which nothing is made smaller: workers
+            that ran before this process did have to join it first.
         failures: Calls that failed.
     """
 
@@ -90,6 +92,7 @@ class KubernetesScaler:
     api: Any = attrs.field(factory=k8s.ApiClient)
     timeout: float = 10.0
     pause: float = 5.0
+    settle: float = 300.0
     failures: int = attrs.field(default=0, init=False)
     _wanted: dict[str, int] = attrs.field(factory=dict, init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
@@ -141,12 +144,20 @@ class KubernetesScaler:
             await asyncio.gather(self._sender, return_exceptions=True)
 
     async def _send(self) -> None:
+        loop = asyncio.get_running_loop()
+        settled = loop.time() + self.settle
         while True:
             await self._changed.wait()
             self._changed.clear()
             wanted, self._wanted = self._wanted, {}
+            settling = loop.time() < settled
             for pool, replicas in wanted.items():
                 try:
+                    if settling and replicas < await asyncio.to_thread(
+                        self.replicas, pool
+                    ):
+                        self._wanted.setdefault(pool, replicas)
+                        continue
                     await asyncio.to_thread(self.set_replicas, replicas, pool)
                 except EngineError as error:
                     self.failures += 1

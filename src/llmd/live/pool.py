@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -26,7 +27,12 @@ class _Member:
 
     task: asyncio.Task[None]
     leaving: bool = False
-    ready: bool = False
+    ready_at: float = math.nan
+
+    @property
+    def ready(self) -> bool:
+        """Whether it ever got ready."""
+        return not math.isnan(self.ready_at)
 
 
 @attrs.define(eq=False)
@@ -70,6 +76,7 @@ class EnginePool:
     failures: deque[str] = attrs.field(factory=lambda: deque(maxlen=20), init=False)
     _members: dict[WorkerId, _Member] = attrs.field(factory=dict, init=False)
     _failed: int = attrs.field(default=0, init=False)
+    _deaths: int = attrs.field(default=0, init=False)
     _not_before: float = attrs.field(default=0.0, init=False)
     _made: int = attrs.field(default=0, init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
@@ -147,6 +154,10 @@ class EnginePool:
         for worker, member in [*self._members.items()]:
             if member.ready and not member.leaving and worker not in self._there():
                 del self._members[worker]
+                # One that lived is no sign that the next one will not.
+                lived = self.server.clock() - member.ready_at
+                self._deaths = 0 if lived > self.longest_pause else self._deaths + 1
+                self._failed = max(self._failed, self._deaths - 1)
                 self._fail(f"{worker} was lost")
 
     def _fill(self) -> None:
@@ -188,7 +199,7 @@ class EnginePool:
             self._members.pop(worker, None)
             self._fail(f"{worker} did not start: {error}")
         else:
-            self._members[worker].ready = True
+            self._members[worker].ready_at = self.server.clock()
             self._failed = 0
         finally:
             self._changed.set()

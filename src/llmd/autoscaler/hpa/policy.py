@@ -131,7 +131,7 @@ class Hpa(Autoscaler):
             if isinstance(measured, np.ndarray):
                 samples[key] = _samples(view, measured)
                 measured = float(np.nansum(measured))
-            if not math.isnan(measured):
+            if math.isfinite(measured):
                 values[key] = (measured,)
         return Scene(
             now=view.now,
@@ -157,5 +157,5 @@ def _samples(view: View, measured: Floats) -> dict[str, Sample]:
     return {
         worker: Sample(value, at=view.now)
         for worker, value in zip(view.workers.ids, measured.tolist(), strict=True)
-        if not math.isnan(value)
+        if math.isfinite(value)
     }

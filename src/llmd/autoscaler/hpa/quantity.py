@@ -13,7 +13,7 @@ Quantity: TypeAlias = str | int | float | Fraction
 
 _FORM = re.compile(
     r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))"
-    r"(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d{1,2})?"
+    r"(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d{1,3})?"
 )
 _DECIMAL = {
     suffix: Fraction(10) ** (3 * step) for step, suffix in enumerate("kMGTPE", 1)
