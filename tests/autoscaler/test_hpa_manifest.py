@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmd.autoscaler.behavior import DOWN, Behavior, Count, Percent, Rules, Select
+from llmd.autoscaler.behavior import DOWN, UP, Behavior, Count, Percent, Rules, Select
 from llmd.autoscaler.hpa import (
     AverageValue,
     External,
@@ -107,6 +107,8 @@ def test_defaults_are_those_of_the_api():
     assert spec.behavior.up.rates == (Count(4, 15.0), Percent(100, 15.0))
     assert spec.behavior.up.window == 30
     assert spec.behavior.down == DOWN
+    spec = manifests.load(HEAD + "  maxReplicas: 3\n  behavior: {}\n").spec
+    assert (spec.behavior.up, spec.behavior.down) == (UP, DOWN)
 
 
 WRONG = {
@@ -127,6 +129,28 @@ WRONG = {
     "select": FULL.replace("Min\n", "Median\n"),
     "metric type": FULL.replace("type: External", "type: Internal"),
     "utilization of a pool": FULL.replace("type: Value, value", "averageUtilization"),
+    "unknown field": HEAD + "  maxReplicas: 3\n  maxReplica: 4",
+    "unknown rule": HEAD + "  maxReplicas: 3\n  behavior: {scaleUp: {window: 3}}",
+    "behavior of lists": HEAD + "  maxReplicas: 3\n  behavior: [1]",
+    "rules of text": HEAD + "  maxReplicas: 3\n  behavior: {scaleUp: fast}",
+    "policies of a number": HEAD
+    + "  maxReplicas: 3\n  behavior: {scaleUp: {policies: 3}}",
+    "metrics of a number": HEAD + "  maxReplicas: 3\n  metrics: 5",
+    "type of a number": HEAD + "  maxReplicas: 3\n  metrics: [{type: 5}]",
+    "window of text": FULL.replace("600", "abc"),
+    "metadata of text": FULL.replace("metadata:", "metadata: x\nelse:"),
+    "selectors alone": HEAD
+    + """  maxReplicas: 3
+  metrics:
+  - type: External
+    external:
+      metric: {name: q, selector: {matchLabels: {pool: a}}}
+      target: {type: AverageValue, averageValue: 5}
+  - type: External
+    external:
+      metric: {name: q, selector: {matchLabels: {pool: b}}}
+      target: {type: AverageValue, averageValue: 5}
+""",
     "old API": FULL.replace("autoscaling/v2", "autoscaling/v1"),
 }
 

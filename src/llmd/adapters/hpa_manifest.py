@@ -26,6 +26,7 @@ from ..autoscaler.hpa import (
 from ..errors import InvalidPolicy
 
 Json = Mapping[str, Any]
+_RULES = "stabilizationWindowSeconds policies selectPolicy tolerance"
 
 
 @attrs.frozen
@@ -92,6 +93,15 @@ def from_dict(manifest: Json) -> Manifest:
         InvalidPolicy: It makes no sense, or is of another API than
             autoscaling/v2 (v2beta2 reads the same).
     """
+    try:
+        return _manifest(manifest)
+    except InvalidPolicy:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidPolicy(f"the manifest makes no sense: {error}") from error
+
+
+def _manifest(manifest: Json) -> Manifest:
     version = manifest.get("apiVersion")
     if version not in ("autoscaling/v2", "autoscaling/v2beta2"):
         raise InvalidPolicy(f"apiVersion is {version!r}, must be autoscaling/v2")
@@ -107,14 +117,20 @@ def from_dict(manifest: Json) -> Manifest:
 
 
 def _spec(spec: Json) -> HpaSpec:
+    _known(spec, "spec", "scaleTargetRef minReplicas maxReplicas metrics behavior")
     low = spec.get("minReplicas")
     # 80 % of requested CPU is the API's own default for a missing list.
-    metrics = tuple([_metric(entry) for entry in spec.get("metrics") or ()])
+    entries = spec.get("metrics") or ()
+    metrics = tuple([_metric(entry) for entry in entries])
+    named = [(type(m), m.name) for m in metrics if not isinstance(m, Resource)]
+    if len({*named}) < len(named) and any("selector" in repr(e) for e in entries):
+        # Signals have names and no labels, so they could not be told apart.
+        raise InvalidPolicy("two metrics differ in their selectors alone")
     return HpaSpec(
         min_replicas=1 if low is None else _whole(low, "minReplicas"),
         max_replicas=_whole(_need(spec, "maxReplicas", "spec"), "maxReplicas"),
         metrics=metrics or (Resource("cpu", Utilization(80)),),
-        behavior=_behavior(spec["behavior"]) if spec.get("behavior") else None,
+        behavior=None if spec.get("behavior") is None else _behavior(spec["behavior"]),
     )
 
 
@@ -155,6 +171,7 @@ def _target(target: Json, kind: str) -> Utilization | AverageValue | Value:
 
 
 def _behavior(behavior: Json) -> Behavior:
+    _known(behavior, "behavior", "scaleUp scaleDown")
     return Behavior(
         up=_rules(behavior.get("scaleUp"), UP),
         down=_rules(behavior.get("scaleDown"), DOWN),
@@ -165,6 +182,7 @@ def _rules(rules: Json | None, default: Rules) -> Rules:
     """Return rules filled in as the API server does."""
     if rules is None:
         return default
+    _known(rules, "rules", _RULES)
     window = rules.get("stabilizationWindowSeconds")
     tolerance = rules.get("tolerance")
     rates = default.rates
@@ -173,7 +191,9 @@ def _rules(rules: Json | None, default: Rules) -> Rules:
         if not rates:
             raise InvalidPolicy("policies is empty, must name at least one")
     return Rules(
-        window=default.window if window is None else float(window),
+        window=default.window
+        if window is None
+        else float(_whole(window, "stabilizationWindowSeconds")),
         rates=rates,
         select=_select(rules.get("selectPolicy") or "Max"),
         tolerance=None if tolerance is None else milli(tolerance) / 1000,
@@ -189,12 +209,21 @@ def _select(name: str) -> Select:
 
 
 def _rate(policy: Json) -> Count | Percent:
+    _known(policy, "a policy", "type value periodSeconds")
     kind = _need(policy, "type", "a policy")
     if kind not in ("Pods", "Percent"):
         raise InvalidPolicy(f"a policy's type is {kind!r}, must be Pods or Percent")
     value = _whole(_need(policy, "value", "a policy"), "value")
     period = _whole(_need(policy, "periodSeconds", "a policy"), "periodSeconds")
     return (Count if kind == "Pods" else Percent)(value, float(period))
+
+
+def _known(mapping: Any, where: str, fields: str) -> None:
+    """Refuse what nobody reads: most often it is a slip of the pen."""
+    if not isinstance(mapping, Mapping):
+        raise InvalidPolicy(f"{where} is {mapping!r}, must be an object")
+    if unknown := sorted(map(str, mapping.keys() - {*fields.split()})):
+        raise InvalidPolicy(f"{where} has unknown fields: {', '.join(unknown)}")
 
 
 def _need(mapping: Any, key: str, where: str) -> Any:

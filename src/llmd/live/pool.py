@@ -94,10 +94,10 @@ class EnginePool:
         """Have so many engines; they come and go in the background.
 
         Raises:
-            InvalidPolicy: It is negative.
+            InvalidPolicy: It is negative, or no whole number.
         """
-        if engines < 0:
-            raise InvalidPolicy(f"{engines} engines cannot be had")
+        if not isinstance(engines, int) or engines < 0:
+            raise InvalidPolicy(f"{engines!r} engines cannot be had")
         self.wanted = engines
         self._changed.set()
 

@@ -8,6 +8,8 @@ Rules: kubernetes/kubernetes pkg/controller/podautoscaler/horizontal.go.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 from ...errors import InvalidPolicy, NoSignal
@@ -77,6 +79,9 @@ class HpaSpec:
             )
         if not self.metrics:
             raise InvalidPolicy("an HPA needs a metric")
+        for name in ("tolerance", "downscale_window"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidPolicy(f"{name} is {getattr(self, name)}")
         if not self.min_replicas and not self._knows_zero:
             raise InvalidPolicy("min_replicas 0 needs an Object or External metric")
 
