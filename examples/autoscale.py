@@ -19,7 +19,7 @@ from llmd.adapters.vllm.engine import VllmEngine
 from llmd.adapters.vllm.tiny import make_model
 from llmd.autoscaler import Percent, Rules, TargetConcurrency
 from llmd.autoscaler.hpa import Hpa
-from llmd.balancer import SlowStart
+from llmd.balancer import FlowControl, SlowStart
 from llmd.live import EnginePool, Server
 
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 16 << 20, "max_num_seqs": 5}
@@ -53,7 +53,7 @@ async def watch(server, course):
 
 
 async def run(model, policy, course):
-    balancer = SlowStart(balancer=llmd.Fcfs(), ramp=5.0)
+    balancer = FlowControl(llmd.Fcfs(), rooms=[SlowStart(ramp=5.0)])
     cluster = llmd.Cluster(autoscaler=policy, balancer=balancer)
     make = partial(VllmEngine, model, options=OPTIONS)
     async with Server(cluster) as server, EnginePool(server, make):
@@ -83,8 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="PATH")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    course = []
     model = str(make_model(".models/tiny"))
-    asyncio.run(run(model, make_policy(options.hpa), course))
+    asyncio.run(run(model, make_policy(options.hpa), course := []))
     if options.plot:
         plot(course, options.plot)

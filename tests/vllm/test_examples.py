@@ -52,6 +52,21 @@ async def test_demo(model):
     assert "NO " not in said
 
 
+async def test_disaggregated(model):
+    said = await run("disaggregated.py", model)
+    assert said.count("16 tokens from decode-0") == 3
+    [handed] = re.findall(r"decode-0: (\d+) tokens of KV came", said)
+    assert int(handed) > 0
+
+
+async def test_autoscale():
+    said = await run("autoscale.py")
+    assert "60 requests answered" in said
+    bars = re.findall(r"^ *[\d.]+ s  ([#.]*) ", said, re.MULTILINE)
+    assert max(map(len, bars)) >= 2
+    assert len(bars[-1]) == 1
+
+
 @pytest.mark.parametrize("row", range(1, 7))
 async def test_study(model, row, tmp_path):
     result = tmp_path / "study.json"
