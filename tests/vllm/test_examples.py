@@ -63,8 +63,8 @@ async def test_autoscale():
     said = await run("autoscale.py")
     assert "60 requests answered" in said
     bars = re.findall(r"^ *[\d.]+ s  ([#.]*) ", said, re.MULTILINE)
-    assert max(map(len, bars)) >= 2
-    assert len(bars[-1]) == 1
+    # It ends as soon as one is left, which need not be shown any more.
+    assert len(bars[-1]) < max(map(len, bars))
 
 
 @pytest.mark.parametrize("row", range(1, 7))
