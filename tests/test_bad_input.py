@@ -84,13 +84,19 @@ def test_a_retry_goes_elsewhere(cluster):
     assert not cluster.view.workers.running_requests.any()
 
 
-def test_a_retry_waits_for_room_elsewhere():
+@pytest.fixture
+def full():
+    """Two workers with a request each, x and y, and room for no other."""
     cluster = llmd.Cluster(router=llmd.LeastLoaded())
     for id in "ab":
         cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id=id, max_running=1)))
     for name in "xy":
         cluster.handle(e.RequestArrived(1.0, llmd.Request(id=name, prompt=[1])))
-    worker = cluster.runs("x").decode
+    return cluster
+
+
+def test_a_retry_waits_for_room_elsewhere(full):
+    cluster, worker = full, full.runs("x").decode
     [again] = cluster.handle(e.RequestEnded(2.0, worker, "x", error="broken"))
     assert isinstance(again, c.Requeue)
     other = cluster.runs("y").decode
@@ -98,13 +104,34 @@ def test_a_retry_waits_for_room_elsewhere():
     assert sent.decision.decode == other
 
 
-def test_a_retry_that_waits_holds_nobody_up():
-    cluster = llmd.Cluster(router=llmd.LeastLoaded())
-    for id in "ab":
-        cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id=id, max_running=1)))
-    for name in "xy":
-        cluster.handle(e.RequestArrived(1.0, llmd.Request(id=name, prompt=[1])))
-    worker = cluster.runs("x").decode
+def test_who_waited_alone_answers_for_its_turn(full):
+    class Moody(llmd.Fcfs):
+        angry = False
+
+        def flow(self, request):
+            return request.tenant
+
+        def turn(self, flow, view):
+            if self.angry and flow == "a":
+                raise ZeroDivisionError("no turn")
+            return 0
+
+    full.balancer = order = Moody()
+
+    def arrive(tenant):
+        request = llmd.Request(id=tenant, prompt=[1], tenant=tenant)
+        return full.handle(e.RequestArrived(2.0, request))
+
+    assert arrive("a") == []
+    order.angry = True
+    commands = arrive("b") + full.handle(e.Tick(3.0))
+    assert [command.request.id for command in commands] == ["a"]
+    assert isinstance(commands[0].error, PolicyError)
+    assert full.waits("b")
+
+
+def test_a_retry_that_waits_holds_nobody_up(full):
+    cluster, worker = full, full.runs("x").decode
     cluster.handle(e.RequestEnded(2.0, worker, "x", error="broken"))
     [sent] = cluster.handle(e.RequestArrived(3.0, llmd.Request(id="z", prompt=[1])))
     assert sent.decision.decode == worker

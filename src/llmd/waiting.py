@@ -223,8 +223,8 @@ class WaitingRequests:
             raise fault from fault.__cause__
         try:
             if self._entries or entry.until < _NEVER:
-                self._join(view)
-                self._file(entry, view)
+                self._join()
+                self._file(entry, self._turn_of(entry.flow, view))
             else:
                 turn = self._turn_of(entry.flow, view)
                 self._alone = entry, (turn, entry.key, entry.number)
@@ -244,16 +244,21 @@ class WaitingRequests:
             )
         return place
 
-    def _join(self, view: View) -> None:
-        """File the one that waited alone: there is another, or it moves."""
-        if self._alone is not None:
-            self._file(self._alone[0], view)
-            self._alone = None
+    def _join(self) -> None:
+        """File the one that waited alone: there is another, or it moves.
 
-    def _file(self, entry: Entry, view: View) -> None:
+        Its turn is asked for anew when all are, as it answers for that itself.
+        """
+        if self._alone is not None:
+            entry, (turn, _, _) = self._alone
+            self._alone = None
+            self._file(entry, turn)
+            self._touched[entry.flow] = None
+
+    def _file(self, entry: Entry, turn: Any) -> None:
         """Put an entry where it says; raise with nothing changed."""
         lane = self._lanes.get(entry.lane) or Lane()
-        lane.put(entry, self._turn_of(entry.flow, view))
+        lane.put(entry, turn)
         entry.filed = True
         self._lanes[entry.lane] = lane
         self._lanes_of.setdefault(entry.flow, {})[entry.lane] = None
@@ -305,11 +310,11 @@ class WaitingRequests:
         if entry is None:
             return []
         try:
-            self._join(view)
+            self._join()
             place = self._place(entry, view)
             self._unfile(entry)
             entry.move(place)
-            self._file(entry, view)
+            self._file(entry, self._turn_of(entry.flow, view))
         except Exception as error:
             return [self._lose(entry, error, view)]
         return []

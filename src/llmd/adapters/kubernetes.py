@@ -7,6 +7,7 @@ in a thread, and one is made only when the count changes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -164,7 +165,10 @@ class KubernetesScaler:
                     _log.warning("pool %r was not scaled: %s", pool, error)
                     self._wanted.setdefault(pool, replicas)
             if self._wanted:
-                await asyncio.sleep(self.pause)
+                # A new count may end the pause: it replaces what has to wait.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.pause):
+                        await self._changed.wait()
                 self._changed.set()
 
     def _call(self, verb: str, target: Target, **body: Any) -> Mapping[str, Any]:

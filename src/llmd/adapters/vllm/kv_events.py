@@ -41,13 +41,12 @@ import numpy as np
 from ...blocks import Hasher, Tokens, process_hasher, seed_of
 from ...events import BlocksCleared, BlocksRemoved, BlocksStored
 from ...types import Tier, WorkerId
+from .kv_fields import salt_of, tier_of
 from .kv_holdings import Holdings, Report, Run
 
 END = b"\xff" * 8
 """The sequence frame that ends a replay."""
 
-_GPU = Tier.GPU
-_TIERS = {"GPU": Tier.GPU, "CPU": Tier.CPU, "STORAGE": Tier.DISK, "DISK": Tier.DISK}
 # Groups whose blocks hold the whole prefix; windows and state-space groups of
 # hybrid models drop blocks that still count as cached.
 _SLIDING = frozenset({"sliding_window", "sliding_window_mla"})
@@ -211,7 +210,7 @@ class KVEventDecoder:
         group = get("group_idx")
         if group != rank.group and not self._follow(rank, group, event, run):
             return
-        tier = _tier(get("medium"), get("locality"))
+        tier = tier_of(get("medium"), get("locality"))
         keys, tokens = event["block_hashes"], event["token_ids"]
         if tokens:
             size = event["block_size"]
@@ -262,7 +261,7 @@ class KVEventDecoder:
         if lora is None and get("lora_id") is not None:
             return None
         if keys and any(keys):
-            found = _salt(keys, lora, parent is None)
+            found = salt_of(keys, lora, parent is None)
             if found is None:
                 return None
             salt = found
@@ -292,7 +291,7 @@ class KVEventDecoder:
         group = event.get("group_idx")
         if group is not None and group != (rank.group or 0):
             return
-        tier = _tier(event.get("medium"), event.get("locality"))
+        tier = tier_of(event.get("medium"), event.get("locality"))
         taken = [rank.take(tier, key) for key in event["block_hashes"]]
         gone = [entry[0] for entry in taken if entry]
         self._gone(rank, gone, tier, run)
@@ -377,30 +376,3 @@ class KVEventDecoder:
             if len(self._ranks) > 1:
                 self._count_holders()
         return rank
-
-
-def _salt(keys: Sequence[Any], lora: str | None, first: bool) -> str | None:
-    """Return the salt among *keys*, block by block; None if there is more.
-
-    Each block has its adapter's name, the first block of a prompt its salt,
-    and any block what else went into it: image, embedding.
-    """
-    salt = ""
-    for block in keys:
-        rest = list(block or ())
-        if lora is not None and rest and rest[0] == lora:
-            rest.pop(0)
-        if first and len(rest) == 1 and isinstance(rest[0], str):
-            salt = rest.pop()
-        if rest:
-            return None
-        first = False
-    return salt
-
-
-def _tier(medium: Any, locality: Any) -> Tier:
-    if medium is None or medium == "GPU":
-        return _GPU
-    if locality == "REMOTE":
-        return Tier.REMOTE
-    return _TIERS.get(medium, Tier.REMOTE)
