@@ -40,6 +40,10 @@ def cluster():
         {"prompt": []},
         {"prompt": [-1]},
         {"prompt": [0.5]},
+        {"media": ((1, "behind the prompt"),)},
+        {"media": ((0, ""),)},
+        {"media": ("key",)},
+        {"media": ((0, b"key"),)},
     ],
     ids=repr,
 )

@@ -72,10 +72,12 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         assert "under one block of 64" in diagnosis(server, prompt(40), "large")
         assert "block size differs" not in diagnosis(server, shared, "large")
 
-        # The event socket is cut: the engine computes and tells of nothing.
-        await server.engine("small")._stream.close()
+        # The event socket is cut for 5 s: the engine computes and nobody hears.
+        stream = server.engine("small")._stream
+        cut_at = server.clock()
+        stream._events.disconnect(stream._endpoint.events)
         silent = prompt(320, salt=9)
-        await ask(server, "small", silent, "silent")
+        asked = await ask(server, "small", silent, "silent")
         await asyncio.sleep(1.5)
         said = diagnosis(server, silent, "small")
         assert "told of no block since" in said
@@ -83,6 +85,17 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         held = cluster.index.match(request("q", silent), ("small",), server.clock())
         assert held[0, 0] == 320  # the guess serves meanwhile
         assert cluster.index.follows("large", server.clock()) == "exact"
+
+        # It is back: the next batch shows the gap, which the engine replays.
+        await asyncio.sleep(max(cut_at + 5.0 - server.clock(), 0.0))
+        assert await ask(server, "small", prompt(64, salt=10), "still cut")
+        stream._events.connect(stream._endpoint.events)
+        await asyncio.sleep(0.5)  # what is sent before ZMQ subscribed is missed too
+        after = await ask(server, "small", prompt(96, salt=11), "after")
+        await told(server, after, "small", 96)
+        await told(server, asked, "small", 320)
+        assert not stream.decoder.counts["lost batches"]
+        assert "holds all 10 full blocks" in diagnosis(server, silent, "small")
 
         # An engine restarts: a new worker, of which nothing is known yet.
         await server.remove("small")

@@ -6,8 +6,9 @@ import math
 
 import attrs
 
-from ..blocks import Hashes, Prompt, seed_of
+from ..blocks import Prompt
 from ..errors import InvalidRequest
+from ..hashing import Hashes, process_hasher, seed_of
 from ..types import Request
 
 
@@ -113,5 +114,7 @@ class Sequence:
             return None
         request, names = self.request, self.answer.hashes(block_tokens)
         if request.salt or request.lora:
-            return names + seed_of(request.salt, request.lora)
+            names = names + seed_of(request.salt, request.lora)
+        if request.media:
+            names = process_hasher().mark(names, block_tokens, request.media)
         return names
