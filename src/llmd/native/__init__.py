@@ -1,4 +1,4 @@
-"""The compiled inner loops of the prefix index, where there are any.
+"""The compiled inner loops of an arrival, where there are any.
 
 `loops.c` is built with the package if a compiler is at hand.  Without it, or
 with LLMD_PURE=1 in the environment, `loops` is None and the twins in Python

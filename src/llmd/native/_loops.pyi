@@ -11,6 +11,9 @@ def fold(
     out: Any,
     /,
 ) -> int: ...
+def delays(
+    loads: Any, held: Any, prompt_tokens: float, figures: tuple[float, ...], out: Any, /
+) -> bool: ...
 
 class Table:
     def __new__(cls) -> Self: ...

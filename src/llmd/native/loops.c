@@ -1,13 +1,14 @@
-/* The inner loops of the prefix index: naming prefixes, and sets of workers by
- * name.
+/* The inner loops of an arrival: naming prefixes, sets of workers by name, and
+ * what a prompt delays.
  *
- * Everything here has a twin in Python, `hashing.Hasher` and
- * `index.holders.PlainHolders`, which says what is meant, runs where no compiler
- * was at hand, and is what the tests compare with.  Only the buffer protocol is
+ * Everything here has a twin in Python, `hashing.Hasher`,
+ * `index.holders.PlainHolders` and `router.delay.LeastDelay`, which says what is
+ * meant, runs where no compiler was at hand, and is what the tests compare with.  Only the buffer protocol is
  * used, so building needs Python's own headers and no others.
  */
 
 #define PY_SSIZE_T_CLEAN
+#include "delays.h"
 #include "depths.h"
 #include "names.h"
 
@@ -326,6 +327,7 @@ static PyTypeObject TableType = {
 static PyMethodDef functions[] = {
     {"token_ids", FAST(token_ids), token_ids_doc},
     {"fold", FAST(fold), fold_doc},
+    {"delays", FAST(delays), delays_doc},
     {NULL},
 };
 
@@ -340,7 +342,7 @@ static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "llmd.native._loops",
-    .m_doc = "The inner loops of the prefix index.",
+    .m_doc = "The inner loops of an arrival.",
     .m_methods = functions,
     .m_slots = slots,
 };

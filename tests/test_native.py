@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 
+import attrs
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
 
+import llmd
 from llmd.errors import InvalidRequest
 from llmd.hashing import Hasher, token_array
 from llmd.index.holders import LoggedHolders, PlainHolders
 from llmd.index.seats import Rows
 from llmd.native import loops
+from llmd.router import delay
 
 PURE = os.environ.get("LLMD_PURE", "") not in ("", "0")
 compiled = pytest.mark.skipif(loops is None, reason="no compiled loops here")
@@ -223,3 +227,51 @@ def test_memory_is_a_fraction_of_a_dicts():
     table.add(1, np.arange(200_000, dtype=np.uint64))
     assert table.items()[0] == (0, 1)
     assert len(table) == 200_000
+
+
+# Delays -----------------------------------------------------------------------
+
+
+@compiled
+@given(
+    st.integers(0, 12).flatmap(
+        lambda workers: st.tuples(
+            arrays(np.int64, (4, workers), elements=st.integers(0, 10**6)),
+            arrays(np.int64, (workers, 4), elements=st.integers(0, 3000)),
+        )
+    ),
+    st.integers(1, 4000),
+    st.lists(st.floats(0.0, 10.0), min_size=4, max_size=4),
+    st.sampled_from(["", "knee", "prefix_s_per_token"]),
+)
+def test_delays_are_those_of_numpy(columns, tokens, weights, changed):
+    loads, held = columns
+    held = np.maximum.accumulate(held, axis=1)
+    machine = attrs.evolve(llmd.Machine(), **{changed: 1.7} if changed else {})
+    names = ("always", "waiting_here", "waiting_anywhere", "answering_here")
+    router = llmd.LeastDelay(machine, **dict(zip(names, weights, strict=True)))
+    request = llmd.Request(id="r", prompt=np.zeros(tokens, np.int64))
+    asked = loads, held, request, router._figures(machine)
+    (rows, slower), (want, also) = delay._compiled(*asked), delay._in_numpy(*asked)
+    assert slower == also
+    np.testing.assert_allclose(rows, want, rtol=1e-9, atol=1e-300)
+
+
+@compiled
+def test_delays_of_what_does_not_fit_together_are_refused():
+    good = (np.zeros((4, 3), np.int64), np.zeros((3, 4), np.int64), 5.0)
+    figures, out = (1.0,) * 12, np.zeros((8, 3))
+    loops.delays(*good, figures, out)
+    for place, bad in (
+        (0, np.zeros((4, 2), np.int64)),
+        (0, np.zeros(12, np.int64)),
+        (1, np.zeros((3, 0), np.int64)),
+        (4, np.zeros((7, 3))),
+        (4, np.zeros((8, 3), np.int32)),
+    ):
+        given = [*good, figures, out]
+        given[place] = bad
+        with pytest.raises(ValueError, match="fit together"):
+            loops.delays(*given)
+    with pytest.raises(TypeError):
+        loops.delays(*good, figures[:3], out)
