@@ -160,12 +160,14 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
     request, now = entry.request, core.view.now
     row = core.fleet.row(decision.first)
     held = int(core.view.cached_tokens(request)[row, -1])
-    uncached = max(request.prompt_tokens - held, 1)
+    tokens = request.prompt_tokens + entry.generated_tokens
+    uncached = max(tokens - held, 1)
     booking = Booking(
         request,
         decision,
         prefill_tokens=uncached,
-        context_tokens=request.prompt_tokens,
+        context_tokens=tokens,
+        generated_tokens=entry.generated_tokens,
         uncached_tokens=uncached,
         since=entry.since,
         attempts=entry.attempts,

@@ -103,7 +103,7 @@ class DeadlineExceeded(LlmdError, TimeoutError):
 
 
 class WorkerLost(LlmdError):
-    """The worker died after it had streamed part of the answer."""
+    """The worker died after part of an answer that is not `resumable`."""
 
 
 class EngineError(LlmdError):

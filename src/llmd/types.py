@@ -94,6 +94,11 @@ class Request:
         deadline: Absolute time after which nobody waits any more, seconds.
         sheddable: It may be taken off its worker for more urgent work, as
             long as it streamed nothing; it waits again then.
+        resumable: That, and going on elsewhere if its worker fails, may happen
+            after part of the answer was streamed too: what was said goes behind
+            the prompt, and the rest follows.  It may not be the rest that the
+            first worker would have said, and a stop string over the seam is
+            not seen.
 
     Raises:
         InvalidRequest: A value is out of range; `EmptyPrompt` for no tokens.
@@ -116,6 +121,7 @@ class Request:
     priority: int = 0
     deadline: float = math.inf
     sheddable: bool = False
+    resumable: bool = False
 
     def __attrs_post_init__(self) -> None:
         # At once, as a request is made for every arrival.

@@ -66,6 +66,7 @@ class WaitingRequests:
         attempts: int = 0,
         again: bool = False,
         failed_on: frozenset[WorkerId] = frozenset(),
+        generated_tokens: int = 0,
     ) -> LaneName:
         """Let *request*, here since *since*, wait; return its lane.
 
@@ -81,7 +82,9 @@ class WaitingRequests:
             self._last += 1
             number = self._last
         group = self._apart(request, failed_on)
-        entry = Entry(request, group, since, attempts, number, failed_on)
+        entry = Entry(
+            *(request, group, since, attempts, number, failed_on, generated_tokens)
+        )
         self._enter(entry, view)
         return entry.lane
 
@@ -159,6 +162,7 @@ class WaitingRequests:
                 old.attempts,
                 old.number,
                 old.failed_on,
+                old.generated_tokens,
             )
             other._enter(entry, view)
         return other

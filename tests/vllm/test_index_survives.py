@@ -4,6 +4,8 @@ In each case requests go on and the index says what is wrong in words.
 """
 
 import asyncio
+import os
+import signal
 
 import pytest
 from tests.vllm.conftest import GREEDY, OPTIONS, prompt, request
@@ -41,6 +43,20 @@ async def ask(server, worker, tokens, name):
             last = piece
     assert last.finish_reason == "length"
     return asked
+
+
+async def answer(server, asked, kill_after=None):
+    """Return the tokens of an answer; kill processes after some of them."""
+    tokens = []
+    async with asyncio.timeout(60):
+        async for piece in server.generate(asked, GREEDY):
+            tokens += piece.token_ids
+            if kill_after and len(tokens) >= kill_after[0]:
+                for core in kill_after[1]:
+                    os.kill(core.pid, signal.SIGKILL)
+                kill_after = None
+    assert kill_after is None
+    return tokens
 
 
 async def told(server, asked, worker, tokens, seconds=10.0):
@@ -107,3 +123,13 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         asked = await ask(server, "small-2", [*shared, 9], "again")
         await told(server, asked, "small-2", 256)
         assert "holds all 8 full blocks" in diagnosis(server, shared, "small-2")
+
+        # It is killed in the middle of an answer, which another one goes on with.
+        long = {"prompt": prompt(96, salt=12), "max_new_tokens": 60}
+        cluster.router.worker = "large"
+        undisturbed = await answer(server, llmd.Request(id="whole", **long))
+        cluster.router.worker = "small-2"
+        asked = llmd.Request(id="cut", resumable=True, **long)
+        said = answer(server, asked, kill_after=(10, server.engine("small-2")._cores))
+        assert await said == undisturbed
+        assert "small-2" not in server.engines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import events as e
 from ..errors import EngineError, InvalidRequest, WorkerLost
-from ..types import WorkerId
+from ..types import Request, WorkerId
 from .engine import Call, Engine, Output
 from .ticket import Interrupted, Ticket
 
@@ -35,11 +35,17 @@ async def attempt(
     worker = decision.decode
     try:
         transfer = None
+        request = ticket.rest()
+        if request is None:
+            yield Output(finish_reason="length")
+            server.end(ticket)
+            return
         if decision.first != worker:
-            transfer = await _prefill(server, ticket, decision.first, sampling)
-        call = Call(request=ticket.request, sampling=sampling, kv_transfer=transfer)
+            transfer = await _prefill(server, ticket, decision.first, request, sampling)
+        call = Call(request=request, sampling=sampling, kv_transfer=transfer)
         async for output in _outputs(server.engine(worker), ticket, call):
             _report(server, ticket, worker, output)
+            ticket.note(output)
             try:
                 yield output
             except BaseException:
@@ -95,7 +101,9 @@ async def _typed(outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]
 
 
 def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) -> None:
-    id, tokens = ticket.request.id, len(output.token_ids)
+    id = ticket.request.id
+    # Text without tokens is at least one that the engine hides.
+    tokens = len(output.token_ids) or int(output.text != "")
     if not ticket.streamed:
         if not tokens and output.finish_reason is None:
             return
@@ -108,14 +116,18 @@ def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) ->
 
 
 async def _prefill(
-    server: Server, ticket: Ticket, worker: WorkerId, sampling: Mapping[str, Any]
+    server: Server,
+    ticket: Ticket,
+    worker: WorkerId,
+    request: Request,
+    sampling: Mapping[str, Any],
 ) -> Mapping[str, Any] | None:
     """Compute the prompt on *worker* and return what hands its KV over.
 
     Returns:
         None if it failed: the decode worker computes the prompt itself.
     """
-    call = Call(request=ticket.request, sampling=sampling, prefill_only=True)
+    call = Call(request=request, sampling=sampling, prefill_only=True)
     transfer = None
     try:
         async with asyncio.timeout(server.prefill_timeout):

@@ -66,6 +66,7 @@ class Sequence:
         remote: Its KV comes from another worker: the last token is all there
             is to compute.
         prefill_only: Another worker decodes it.
+        given: Tokens of the answer that another worker generated before.
         length: Tokens whose KV a prefill has to provide.
         computed: Of them, how many there are.
         generated: Tokens of the answer when it last joined or left the batch.
@@ -89,6 +90,7 @@ class Sequence:
     missed: float = -math.inf
     remote: bool = False
     prefill_only: bool = False
+    given: int = 0
     length: int = 0
     computed: int = 0
     generated: int = 0
