@@ -110,7 +110,7 @@ def test_bounds_are_met_at_once(make_bench):
 def test_a_broken_wish_is_named_and_changes_nothing(make_bench):
     scaler, bench = Told(max_workers=9), make_bench(1)
     scaler.wish = math.nan
-    with pytest.raises(PolicyError, match="Told"):
+    with pytest.raises(PolicyError, match=r"^Told wants nan workers$"):
         scaler.target(bench.view)
     assert course(scaler, bench, [4]) == [4]
 
@@ -125,6 +125,8 @@ def test_a_broken_wish_is_named_and_changes_nothing(make_bench):
         lambda: Count(0, 15.0),
         lambda: Count(1, 0.0),
         lambda: TargetConcurrency(requests_per_worker=0),
+        lambda: TargetConcurrency(requests_per_worker=math.nan),
+        lambda: TargetConcurrency(requests_per_worker="five"),
         lambda: TokenSupply(grow_at=0.5, shrink_at=0.6),
         lambda: Largest(policies=()),
         lambda: Pools(pools={"a": Pool(policy=Told(min_workers=1))}, budget=0),

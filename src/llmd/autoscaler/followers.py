@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
-from ..errors import InvalidPolicy, NoSignal
+from ..errors import InvalidPolicy, NoSignal, shown
 from ..recommendation import Proposal
 from ..timeslice import Infeasible
 from ..view import View
 from .interface import Autoscaler
 
 
-def _positive(instance: object, attribute: object, value: float) -> None:
-    if not value > 0:
-        raise InvalidPolicy(f"{instance!r}: a target of {value} cannot be met")
+def _positive(instance: object, attribute: Any, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+        where = f"{type(instance).__name__}.{attribute.name}"
+        raise InvalidPolicy(f"{where} is {shown(value)}, must be a number over 0")
 
 
 @attrs.define(kw_only=True)

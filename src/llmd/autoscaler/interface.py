@@ -123,7 +123,7 @@ class Autoscaler(Copied, abc.ABC):
 
     def _checked(self, wanted: float) -> float:
         if not math.isfinite(wanted):
-            raise PolicyError(f"{self!r} wants {wanted} workers")
+            raise PolicyError(f"{type(self).__name__} wants {wanted} workers")
         return float(wanted)
 
     def _current(self, view: View) -> int:

@@ -57,19 +57,20 @@ class Router(Copied, abc.ABC):
         """
         priced, terms = self.price(request, view)
         if np.iscomplexobj(priced):
-            raise PolicyError(f"{self!r} priced with complex numbers")
+            raise PolicyError(f"{type(self).__name__} priced with complex numbers")
         costs = np.asarray(priced, dtype=np.float64)
         ids = view.workers.ids
         if costs.shape != (len(ids),):
             raise PolicyError(
-                f"{self!r} priced {len(ids)} workers with an array of shape"
-                f" {costs.shape}"
+                f"{type(self).__name__} priced {len(ids)} workers"
+                f" with an array of shape {costs.shape}"
             )
         if not len(ids):
             return None
         lowest = costs.min()
         if lowest != lowest:  # a NaN anywhere is the minimum
-            raise PolicyError(f"{self!r} priced {ids[costs.argmin()]!r} at NaN")
+            worker = ids[costs.argmin()]
+            raise PolicyError(f"{type(self).__name__} priced {worker!r} at NaN")
         if lowest == np.inf:
             return None
         row, tied = self.choose(costs, view)
