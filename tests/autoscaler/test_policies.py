@@ -35,6 +35,7 @@ from llmd.autoscaler import (
 )
 from llmd.autoscaler.hpa import AverageValue, Hpa, HpaSpec, Pods
 from llmd.errors import InvalidPolicy, NoSignal, PolicyError
+from llmd.recommendation import Proposal
 from llmd.types import Role, State
 
 
@@ -241,6 +242,43 @@ def test_the_largest_counts_and_a_silent_one_forbids_to_shrink(make_bench):
     told[0] = 20.0
     bench.wait(10.0)
     assert scaler.target(bench.view) == 2
+
+
+class Endless(Autoscaler):
+    """Proposes, and wants, what is no count."""
+
+    def wanted(self, view):
+        return math.inf
+
+    def proposals(self, view):
+        return (Proposal("rate over nothing", math.inf),)
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan, Endless()])
+def test_one_that_wants_no_count_is_told_of_and_does_not_count(make_bench, broken):
+    bench, load = make_bench(1), TargetConcurrency(requests_per_worker=2)
+    if not isinstance(broken, Autoscaler):
+        wish, broken = broken, Told()
+        broken.wish = wish
+    bench.cluster.autoscaler = Largest(
+        policies=(broken, load), max_workers=9, patience=0.0
+    )
+    bench.load(8)
+    bench.wait(1.0)
+    [scale] = bench.cluster.handle(e.Tick(bench.now))
+    assert scale.workers == 4
+    named = "rate over nothing" if isinstance(broken, Endless) else "Told"
+    assert f"{named} cannot tell: " in scale.advice.explain()
+    bench.load(2)
+    bench.wait(1.0)
+    assert bench.cluster.handle(e.Tick(bench.now)) == []  # it may have wanted more
+    broken = Largest(policies=(broken,), max_workers=9)
+    assert broken.target(bench.view) == 1  # what is there stays
+
+
+def test_a_proposal_of_no_count_is_refused(make_bench):
+    with pytest.raises(PolicyError, match="Endless wants inf workers"):
+        Endless(max_workers=9).target(make_bench(1).view)
 
 
 def test_consolidation_leaves_room_for_who_stays(make_bench):
