@@ -80,6 +80,10 @@ class InvalidPolicy(LlmdError, ValueError):
     """A policy was built with values that make no sense."""
 
 
+class MissingRequest(InvalidPolicy):
+    """Use is aimed at as a part of what workers request, which nothing says."""
+
+
 class NoSignal(LlmdError):
     """What a policy measures cannot be told now; it keeps what it decided."""
 
