@@ -44,6 +44,10 @@ class UnknownWorker(LlmdError, LookupError):
     """No worker has this id."""
 
 
+class UnknownPool(LlmdError, LookupError):
+    """Nothing is known of a pool of workers by this name."""
+
+
 class BlockSizeMismatch(LlmdError, ValueError):
     """Prefix hashes of one block size were asked for at another."""
 
