@@ -27,7 +27,7 @@ class Told(Autoscaler):
 
 def test_kpa_panics_and_does_not_shrink_in_panic(make_bench):
     bench = make_bench(1)
-    scaler = Kpa(requests_per_worker=5, max_workers=20)
+    scaler = Kpa(requests_per_worker=5, max_workers=20, patience=0.0, tolerance=0.0)
     counts = []
     for second in range(200):
         bench.load(50 if 60 <= second < 70 else 2)
