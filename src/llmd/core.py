@@ -33,6 +33,7 @@ from .errors import (
     UnknownAdapter,
     UnknownModel,
     policy_error,
+    shown,
 )
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
@@ -89,7 +90,7 @@ class Core:
     @balancer.setter
     def balancer(self, balancer: QueueBalancer) -> None:
         if not isinstance(balancer, QueueBalancer):
-            raise PolicyError(f"{balancer!r} is no QueueBalancer")
+            raise PolicyError(f"{shown(balancer)} is no QueueBalancer")
         self._file_anew(balancer)
         self._balancer = balancer
 

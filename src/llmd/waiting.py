@@ -16,7 +16,7 @@ import attrs
 from sortedcontainers import SortedList
 
 from .balancer.interface import Place, QueueBalancer
-from .errors import LlmdError, PolicyError, policy_error
+from .errors import LlmdError, PolicyError, policy_error, shown
 from .lane import Entry, Lane, Rank
 from .types import Request, RequestId, WorkerId
 from .view import View
@@ -243,9 +243,8 @@ class WaitingRequests:
     def _place(self, entry: Entry, view: View) -> Place:
         place = self.balancer.place(entry.request, view, entry.since)
         if place.key != place.key:
-            raise PolicyError(
-                f"{self.balancer!r} gave {entry.request.id!r} the key {place.key}"
-            )
+            name, key = type(self.balancer).__name__, shown(place.key)
+            raise PolicyError(f"{name} gave {entry.request.id!r} the key {key}")
         return place
 
     def _join(self) -> None:
@@ -326,7 +325,8 @@ class WaitingRequests:
     def _turn_of(self, flow: Hashable, view: View) -> Any:
         turn = self.balancer.turn(flow, view)
         if turn != turn:
-            raise PolicyError(f"{self.balancer!r} gave flow {flow!r} the turn {turn}")
+            name = type(self.balancer).__name__
+            raise PolicyError(f"{name} gave flow {shown(flow)} the turn {turn}")
         return turn
 
     def _turn(self, flow: Hashable, view: View) -> list[Casualty]:

@@ -62,19 +62,20 @@ class Router(Copied, abc.ABC):
         costs = np.asarray(priced)
         if costs.dtype != _FLOAT64:
             if np.iscomplexobj(costs):
-                raise PolicyError(f"{self!r} priced with complex numbers")
+                raise PolicyError(f"{type(self).__name__} priced with complex numbers")
             costs = costs.astype(np.float64)
         ids = view.workers.ids
         if costs.shape != (len(ids),):
             raise PolicyError(
-                f"{self!r} priced {len(ids)} workers with an array of shape"
-                f" {costs.shape}"
+                f"{type(self).__name__} priced {len(ids)} workers"
+                f" with an array of shape {costs.shape}"
             )
         if not len(ids):
             return None
         lowest = costs.item(costs.argmin())
         if lowest != lowest:  # a NaN anywhere is the minimum
-            raise PolicyError(f"{self!r} priced {ids[costs.argmin()]!r} at NaN")
+            worker = ids[costs.argmin()]
+            raise PolicyError(f"{type(self).__name__} priced {worker!r} at NaN")
         if lowest == math.inf:
             return None
         row, tied = self.choose(costs, view)
