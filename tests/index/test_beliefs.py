@@ -69,6 +69,18 @@ class TestHopes:
         index.settle("a", request("other"), 0, 6.0)
         assert held(index, request("s"), at=6.0) == 0
 
+    def test_one_sent_again_before_anything_was_heard_is_hoped_for_once(self):
+        index = llmd.ExactIndex(grace=1.0)
+        index.join(worker(), 0.0)
+        asked = request("r")
+        index.expect("a", asked, 0.0)
+        index.expect("a", asked, 0.5)
+        index.check()
+        index.settle("a", asked, 0, 2.0)
+        assert held(index, request("s"), at=2.5) == 256
+        assert held(index, request("s"), at=3.5) == 0
+        index.check()
+
     def test_a_newer_hope_for_the_same_prefix_outlives_the_older(self):
         index = llmd.ExactIndex(grace=1.0)
         index.join(worker(), 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import attrs
 import numpy as np
@@ -18,10 +18,10 @@ STEP_TOKENS = 256
 
 @attrs.define(eq=False)
 class _Hope:
-    """Prefixes that one request will leave on the worker *bit*."""
+    """Prefixes that one request will leave on the worker *bit*, 0 if it is gone."""
 
     bit: int
-    names: list[int]
+    names: Hashes
     until: float = float("inf")
 
 
@@ -35,8 +35,8 @@ class Hopes:
     """
 
     holders: Holders = attrs.field(factory=Holders)
-    # Worker's bit -> name -> the last hope for it.
-    _names: dict[int, dict[int, _Hope]] = attrs.field(factory=dict, init=False)
+    # (worker's bit, name) -> hopes for it beyond the first.
+    _more: dict[tuple[int, int], int] = attrs.field(factory=dict, init=False)
     _open: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
     _ending: deque[_Hope] = attrs.field(factory=deque, init=False)
     # An arrival is matched and then sent: the same grid, a moment later.
@@ -62,13 +62,19 @@ class Hopes:
 
     def add(self, worker: WorkerId, bit: int, request: Request, tokens: int) -> None:
         """Hope that *worker* will hold *request*, in blocks of *tokens* tokens."""
-        names = self._of(request.hashes(tokens), tokens).tolist()
-        if not names:
+        names = self._of(request.hashes(tokens), tokens)
+        if not len(names):
             return
-        hope = _Hope(bit, names)
-        self.holders.add(bit, names)
-        self._names.setdefault(bit, {}).update(dict.fromkeys(names, hope))
-        self._open[worker, request.id] = hope
+        old = self._open.pop((worker, request.id), None)
+        if old is not None:  # sent there again before anything was heard
+            self.holders.discard(old.bit, self._last(old))
+        new = self.holders.add(bit, names)
+        if len(new) < names.nbytes:
+            fresh = {*np.frombuffer(new, np.uint64).tolist()}
+            for name in names.tolist():
+                if name not in fresh:
+                    self._more[bit, name] = self._more.get((bit, name), 0) + 1
+        self._open[worker, request.id] = _Hope(bit, names)
 
     def settle(self, worker: WorkerId, request: Request, until: float) -> None:
         """Let the hope for *request* end at *until*, which never runs backwards."""
@@ -81,17 +87,30 @@ class Hopes:
         """End what was to end by *at*."""
         while self._ending and self._ending[0].until <= at:
             hope = self._ending.popleft()
-            names = self._names.get(hope.bit)
-            if names:
-                lost = [name for name in hope.names if names.get(name) is hope]
-                for name in lost:
-                    del names[name]
-                self.holders.discard(hope.bit, lost)
+            if hope.bit:
+                self.holders.discard(hope.bit, self._last(hope))
 
     def clear(self, bit: int) -> None:
         """End all hopes for the worker *bit*."""
-        self.holders.discard(bit, self._names.pop(bit, ()))
-        self._open = {key: hope for key, hope in self._open.items() if hope.bit != bit}
+        for hope in (*self._open.values(), *self._ending):
+            if hope.bit == bit:
+                self.holders.discard(bit, hope.names)
+                hope.bit = 0
+        self._open = {key: hope for key, hope in self._open.items() if hope.bit}
+        self._more = {key: more for key, more in self._more.items() if key[0] != bit}
+
+    def _last(self, hope: _Hope) -> Hashes | list[int]:
+        """Return the names that nothing but *hope* hopes for, and count it off."""
+        if not self._more:
+            return hope.names
+        last = []
+        for name in hope.names.tolist():
+            more = self._more.pop((hope.bit, name), 0)
+            if not more:
+                last.append(name)
+            elif more > 1:
+                self._more[hope.bit, name] = more - 1
+        return last
 
     def _of(self, hashes: Hashes, tokens: int) -> Hashes:
         of, size, names = self._grid
@@ -103,10 +122,18 @@ class Hopes:
     def check(self, known: int) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
         check(self.holders, known)
-        for bit, names in self._names.items():
+        hoped = Counter(
+            (hope.bit, name)
+            for hope in (*self._open.values(), *self._ending)
+            for name in hope.names.tolist()
+            if hope.bit
+        )
+        for (bit, name), hopes in hoped.items():
             assert bit & known, "a stranger is hoped for"
-            find = self.holders.find
-            assert all(find(name, 0) & bit for name in names), "a hope does not count"
+            assert self.holders.find(name, 0) & bit, "a hope does not count"
+            assert self._more.get((bit, name), 0) == hopes - 1, "miscounted"
+        held = sum(mask.bit_count() for _, mask in self.holders.items())
+        assert held == len(hoped), "what nobody hopes for is held"
 
 
 def grid(hashes: Hashes, block_tokens: int) -> Hashes:
