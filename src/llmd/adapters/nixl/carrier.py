@@ -20,6 +20,7 @@ from .slab import Slab, descriptors
 
 _log = logging.getLogger(__name__)
 _LOCAL = "NIXL_INIT_AGENT"
+_LOOKS_AT_A_WRITE = 4
 
 
 @attrs.define(eq=False)
@@ -42,11 +43,13 @@ class Carrier:
     Attributes:
         endpoint: What to carry for.
         slab: What to register, once, in as few regions as it has.
+        tell: Called when there are reports, before the peer is answered.
         written: Some write has ended well.
     """
 
     endpoint: Endpoint
     slab: Slab
+    tell: Callable[[], object]
     written: bool = attrs.field(default=False, init=False)
     _agent: Any = attrs.field(init=False)
     _local: Any = attrs.field(init=False)
@@ -102,6 +105,8 @@ class Carrier:
         for sender, messages in self._agent.get_new_notifs().items():
             for message in messages:
                 self.endpoint.heard(sender, message, now)
+                if self.endpoint.outbox.reports:
+                    self.tell()
                 self.carry()
             moved = True
         for token in list(self._flying):
@@ -183,7 +188,10 @@ class Carrier:
             del self._flying[write.token]
             self._abandoned.append(handle)
             raise
-        self._check(write.token, time.monotonic())
+        # What UCX copies at once, it notifies the peer of when it is looked at again.
+        for _ in range(_LOOKS_AT_A_WRITE):
+            if self._check(write.token, time.monotonic()):
+                break
 
     def _check(self, token: int, now: float) -> bool:
         """Report a write if it has ended."""
