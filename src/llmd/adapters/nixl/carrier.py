@@ -83,7 +83,6 @@ class Carrier:
         """Make a peer writable; return whether it is."""
         if address.id in self._reached:
             return True
-        self._known[address.id] = address
         try:
             self._agent.add_remote_agent(address.metadata)
             blocks = self._prepare(
@@ -96,6 +95,7 @@ class Carrier:
         except Exception as error:
             self.endpoint.died(address.id, f"NIXL refuses the peer: {error}", now)
             return False
+        self._known[address.id] = address
         self._reached[address.id] = _Reached(address, blocks)
         return True
 
@@ -222,6 +222,8 @@ class Carrier:
         """
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
             self._abandoned.append(self._flying.pop(token)[1])
+        if peer not in self.endpoint.peers:
+            self._known.pop(peer, None)
         if self._reached.pop(peer, None) is not None:
             try:
                 self._agent.remove_remote_agent(peer)
