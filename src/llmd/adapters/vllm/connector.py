@@ -86,6 +86,12 @@ class LlmdConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # In the worker.
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the worker holds; see `TransferCounts`."""
+        counts: dict[str, int] = self._worker.counts()
+        return counts
+
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         self._worker.open(kv_caches)
 

@@ -123,6 +123,15 @@ class WorkerSide:
         errors, self._errors = self._errors, set()
         return errors
 
+    def counts(self) -> dict[str, int]:
+        """Return what the transport and the staging slab hold; none before `open`."""
+        if self._transport is None:
+            return {}
+        self._collect()
+        slots = self._of_staging().slots
+        held = {"staging_slots": slots.count, "free_slots": slots.free}
+        return {**self._transport.counts, **held}
+
     def close(self) -> None:
         """Tell the peers and let go of the slab; idempotent."""
         self._later.shutdown(wait=True, cancel_futures=True)
