@@ -89,6 +89,31 @@ def to_params(id: TransferId, addresses: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def to_reserve(id: TransferId) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that let a prefill engine call a hand-off *id*.
+
+    Who knows the name and the engine's addresses beforehand can send the decode
+    engine off, with `to_params`, while the prompt is still computed.
+    """
+    return {
+        "do_remote_decode": True,
+        "do_remote_prefill": False,
+        "llmd_request": id.request,
+        "llmd_generation": str(id.generation),
+    }
+
+
+def reserved(params: Mapping[str, Any]) -> TransferId | None:
+    """Return the name that *params* give a hand-off, if they do.
+
+    >>> reserved(to_reserve(TransferId("r", 7)))
+    TransferId(request='r', generation=7)
+    """
+    if "llmd_generation" not in params:
+        return None
+    return TransferId(params["llmd_request"], int(params["llmd_generation"]))
+
+
 def from_params(
     params: Mapping[str, Any] | None,
 ) -> tuple[TransferId, Mapping[str, str]] | None:
