@@ -234,11 +234,9 @@ class NixlTransport(KVTransport):
             self._looks -= 1
             self._path = self._paths.write_path(self._slab.memory)
             if self._path is not None and self._path.slow:
-                _log.warning(
-                    "blocks go over %s: %s",
-                    self._path.lanes,
-                    why_slow(self._slab.memory),
-                )
+                near = self._path.between != "inter-node"
+                cause = why_slow(self._slab.memory, same_host=near)
+                _log.warning("blocks go over %s: %s", self._path.lanes, cause)
 
     def _nap(self) -> None:
         counts = held(self._endpoint)
