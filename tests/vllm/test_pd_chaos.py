@@ -6,6 +6,7 @@ nothing is held for any of them afterwards.  `LLMD_FAULTS=500` asks as many.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -29,14 +30,25 @@ from llmd.adapters.vllm.tiny import make_model
 from llmd.errors import EngineError, LlmdError, WorkerLost
 from llmd.live import Call, Server
 
-REQUESTS = int(os.environ.get("LLMD_FAULTS", "80"))
+REQUESTS = int(os.environ.get("LLMD_FAULTS", "60"))
 AT_ONCE = 6
 PAUSE_S = 0.25  # between requests, on average: killed engines come back meanwhile
-DAMAGED = 0.1  # of writes
+DAMAGED = 8  # one write of so many
 LATE = LEFT = 0.1  # of requests
 KILLS, STOPS = max(4, REQUESTS // 40), max(3, REQUESTS // 25)
 PREFILL_S = 4.0
 ROLES = {"p": "kv_producer", "d": "kv_consumer"}
+
+
+class Promising(VllmEngine):
+    """Its promises are counted."""
+
+    made = 0
+
+    def promise(self, request):
+        promise = super().promise(request)
+        Promising.made += promise is not None
+        return promise
 
 
 class Late(VllmEngine):
@@ -56,11 +68,11 @@ class Late(VllmEngine):
 @pytest.fixture(scope="module", autouse=True)
 def damaged_writes():
     """Flip a byte of some writes on their way; engines are forked from here."""
-    honest = Carrier._write
+    honest, writes = Carrier._write, itertools.count(1)
 
     def write(carrier, what):
         slab, byte = carrier.slab.owner, (what.layer, int(what.source[0]), 77)
-        hit = random.random() < DAMAGED
+        hit = next(writes) % DAMAGED == 0
         slab[byte] ^= hit
         try:
             return honest(carrier, what)
@@ -75,8 +87,9 @@ def damaged_writes():
 class Fleet:
     """Two prefill and two decode engines, replaced as they are killed."""
 
-    def __init__(self, server, model, rng):
+    def __init__(self, server, model, rng, layerwise):
         self.server, self.model, self.rng = server, model, rng
+        self.config = {"layerwise": layerwise, "timeout_s": PREFILL_S}
         self.seen = Counter()
         self.victims = set()
         self.keyless = set()
@@ -91,10 +104,8 @@ class Fleet:
     async def join(self, role, key=pd.KEY):
         number = self.seen[f"{role} started"]
         self.seen[f"{role} started"] += 1
-        made = Late if role == "d" else VllmEngine
-        engine = pd.engine(
-            self.model, ROLES[role], key=key, made=made, timeout_s=PREFILL_S
-        )
+        made = Late if role == "d" else Promising
+        engine = pd.engine(self.model, ROLES[role], key=key, made=made, **self.config)
         worker = await self.server.add(engine, f"{role}{number}")
         if key != pd.KEY:
             self.keyless.add(worker)
@@ -229,12 +240,14 @@ async def assert_nothing_is_held(fleet):
     assert not workers.reported_kv_usage.any(), workers.reported_kv_usage
 
 
-async def test_every_request_ends_right_or_says_why(model, requests, wanted):
+@pytest.mark.parametrize("layerwise", [False, True])
+async def test_every_request_ends_right_or_says_why(model, requests, wanted, layerwise):
     rng = random.Random(0)
     router = llmd.Disaggregated(min_uncached_tokens=16)
     cluster = llmd.Cluster(router=router)
     async with Server(cluster, prefill_timeout=PREFILL_S) as server:
-        fleet = Fleet(server, model, rng)
+        fleet = Fleet(server, model, rng, layerwise)
+        Late.lapsed = Promising.made = 0
         for role in "pdpd":
             await fleet.join(role)
         await under_faults(fleet, requests, wanted)
@@ -248,5 +261,6 @@ async def test_every_request_ends_right_or_says_why(model, requests, wanted):
     assert seen["right"] + seen["left"] + errors == REQUESTS, seen
     assert seen["right"] > 0.8 * REQUESTS, seen
     assert seen["killed"] == KILLS, seen
+    assert bool(Promising.made) == layerwise
     happened = ("hung", "damaged", "keyless", "late", "left", "handed over")
     assert all(seen[name] for name in happened), seen

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import events as e
+from ..decision import Decision
 from ..errors import EngineError, InvalidRequest, WorkerLost
 from ..types import WorkerId
 from .engine import Call, Engine, Output
@@ -34,18 +35,16 @@ async def attempt(
     assert decision is not None, "attempted before it was placed"
     worker = decision.decode
     try:
-        transfer = None
-        if decision.first != worker:
-            transfer = await _prefill(server, ticket, decision.first, sampling)
-        call = Call(request=ticket.request, sampling=sampling, kv_transfer=transfer)
-        async for output in _outputs(server.engine(worker), ticket, call):
-            _report(server, ticket, worker, output)
-            try:
-                yield output
-            except BaseException:
-                # The client is gone: free its place before anything is awaited.
-                server.leave(ticket)
-                raise
+        async with _prefilled(server, ticket, decision, sampling) as transfer:
+            call = Call(request=ticket.request, sampling=sampling, kv_transfer=transfer)
+            async for output in _outputs(server.engine(worker), ticket, call):
+                _report(server, ticket, worker, output)
+                try:
+                    yield output
+                except BaseException:
+                    # The client is gone: free its place before anything is awaited.
+                    server.leave(ticket)
+                    raise
         server.end(ticket)
     except Interrupted:
         return
@@ -107,15 +106,50 @@ def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) ->
         server.handle(e.TokensGenerated(server.clock(), worker, id, tokens))
 
 
+@contextlib.asynccontextmanager
+async def _prefilled(
+    server: Server, ticket: Ticket, decision: Decision, sampling: Mapping[str, Any]
+) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+    """Give what hands the prompt's KV over, if another worker computes it.
+
+    Where its engine can promise that, the prompt is still computed meanwhile; the
+    decode engine hears from the other one if nothing comes of it.
+    """
+    worker = decision.first
+    if worker == decision.decode:
+        yield None
+        return
+    promise = server.engine(worker).promise(ticket.request)
+    if promise is None:
+        yield await _prefill(server, ticket, worker, sampling)
+        return
+    prefill = _prefill(server, ticket, worker, sampling, promise.prefill)
+    computing = asyncio.create_task(prefill)
+    try:
+        yield promise.decode
+    finally:
+        computing.cancel()
+        await asyncio.gather(computing, return_exceptions=True)
+
+
 async def _prefill(
-    server: Server, ticket: Ticket, worker: WorkerId, sampling: Mapping[str, Any]
+    server: Server,
+    ticket: Ticket,
+    worker: WorkerId,
+    sampling: Mapping[str, Any],
+    promised: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any] | None:
     """Compute the prompt on *worker* and return what hands its KV over.
 
     Returns:
         None if it failed: the decode worker computes the prompt itself.
     """
-    call = Call(request=ticket.request, sampling=sampling, prefill_only=True)
+    call = Call(
+        request=ticket.request,
+        sampling=sampling,
+        kv_transfer=promised,
+        prefill_only=True,
+    )
     transfer = None
     try:
         async with asyncio.timeout(server.prefill_timeout):

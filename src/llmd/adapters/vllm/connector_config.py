@@ -46,6 +46,20 @@ def transfer_config(
     }
 
 
+def layerwise(config: Any) -> bool:
+    """Say whether a `kv_transfer_config` lets each layer go while later ones compute.
+
+    >>> layerwise(transfer_config(layerwise=True)), layerwise(None)
+    (True, False)
+    """
+    if not isinstance(config, dict):
+        return False
+    extra = config.get("kv_connector_extra_config") or {}
+    return bool(
+        config.get("kv_connector") == "LlmdConnector" and extra.get("layerwise")
+    )
+
+
 def nixl_config(
     *, role: str = "kv_both", push: bool = False, lease_s: int = 30, cpu: bool = False
 ) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
+from ...live.engine import Promise
 from ...transport.interface import TransferId
 
 
@@ -112,6 +113,18 @@ def reserved(params: Mapping[str, Any]) -> TransferId | None:
     if "llmd_generation" not in params:
         return None
     return TransferId(params["llmd_request"], int(params["llmd_generation"]))
+
+
+def promise(request: str, handed: Mapping[str, Any]) -> Promise | None:
+    """Return a hand-off named anew, to who is reached where *handed* says.
+
+    None if it says nothing, as before an engine's first hand-off.
+    """
+    addresses = handed.get("llmd_addresses")
+    if addresses is None:
+        return None
+    id = TransferId.fresh(request)
+    return Promise(prefill=to_reserve(id), decode=to_params(id, addresses))
 
 
 def from_params(
