@@ -5,7 +5,6 @@ import random
 
 import llmd
 from llmd.adapters.vllm.connector_config import transfer_config
-from llmd.adapters.vllm.connector_counts import TransferCounts
 from llmd.adapters.vllm.engine import VllmEngine
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -26,7 +25,6 @@ def engine(model, role, *, key=KEY, made=VllmEngine, **config):
     options = {
         **OPTIONS,
         "kv_transfer_config": transfer_config(role=role, **config),
-        "worker_extension_cls": TransferCounts.NAME,
     }
     return made(model, options=options, environment={"LLMD_KV_KEY": key})
 
@@ -52,7 +50,7 @@ def core(server, worker):
 
 
 async def transfer_counts(server, worker):
-    (counts,) = await server.engine(worker)._llm.collective_rpc("transfer_counts")
+    (counts,) = await server.engine(worker).transfer_counts()
     return counts
 
 

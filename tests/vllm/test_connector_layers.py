@@ -59,7 +59,7 @@ class Pair:
         return self.decode.counters["external_prefix_cache_hits"]
 
     async def counts(self, engine):
-        (counts,) = await engine._llm.collective_rpc("transfer_counts")
+        (counts,) = await engine.transfer_counts()
         return counts
 
 

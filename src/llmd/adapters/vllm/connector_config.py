@@ -46,18 +46,23 @@ def transfer_config(
     }
 
 
-def layerwise(config: Any) -> bool:
-    """Say whether a `kv_transfer_config` lets each layer go while later ones compute.
+def ours(config: Any) -> bool:
+    """Say whether a `kv_transfer_config` loads `LlmdConnector`.
 
-    >>> layerwise(transfer_config(layerwise=True)), layerwise(None)
+    >>> ours(transfer_config()), ours(nixl_config()), ours(None)
+    (True, False, False)
+    """
+    return isinstance(config, dict) and config.get("kv_connector") == "LlmdConnector"
+
+
+def layerwise(config: Any) -> bool:
+    """Say whether it lets each layer go while later ones compute.
+
+    >>> layerwise(transfer_config(layerwise=True)), layerwise(transfer_config())
     (True, False)
     """
-    if not isinstance(config, dict):
-        return False
-    extra = config.get("kv_connector_extra_config") or {}
-    return bool(
-        config.get("kv_connector") == "LlmdConnector" and extra.get("layerwise")
-    )
+    extra = config.get("kv_connector_extra_config") if ours(config) else None
+    return bool(extra and extra.get("layerwise"))
 
 
 def nixl_config(

@@ -1,14 +1,4 @@
-"""What `LlmdConnector` holds in a running engine, asked from outside.
-
-    options = {
-        "kv_transfer_config": transfer_config(),
-        "worker_extension_cls": TransferCounts.NAME,
-    }
-    ...
-    (held,) = await llm.collective_rpc("transfer_counts")
-
-With no transfer under way nothing may be held, or something leaks.
-"""
+"""What `LlmdConnector` holds in a running engine, asked from outside."""
 
 from __future__ import annotations
 
@@ -16,7 +6,12 @@ from typing import Any, ClassVar
 
 
 class TransferCounts:
-    """Gives vLLM's workers a method; vLLM mixes it into their class.
+    """A method for vLLM's workers, which vLLM mixes into their class.
+
+    With no transfer under way `offers`, `fetches`, `writes` and
+    `quarantined_blocks` are 0 and all slots are free, or something leaks.
+    `VllmEngine.transfer_counts` asks for it; elsewhere it is for vLLM's option
+    `worker_extension_cls` and its `collective_rpc`.
 
     >>> TransferCounts.NAME
     'llmd.adapters.vllm.connector_counts.TransferCounts'

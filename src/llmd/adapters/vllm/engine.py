@@ -17,7 +17,8 @@ from ...errors import EngineError, WorkerLost
 from ...live.engine import Call, Engine, Output, Promise, Report
 from ...types import Request, RequestId, Role, State, Worker, WorkerId
 from . import calls, sampling, stats
-from .connector_config import layerwise
+from .connector_config import layerwise, ours
+from .connector_counts import TransferCounts
 from .kv_events import KVEventDecoder
 from .kv_stream import KVEndpoint, KVEventStream
 from .launch import launch, processes, shut_down
@@ -214,6 +215,18 @@ class VllmEngine(Engine):
         # Waking resumes; whose turn it is is not for the engine to say.
         await llm.pause_generation(mode="keep", clear_cache=False)
 
+    async def transfer_counts(self) -> list[Mapping[str, int]]:
+        """Return what llmd's connector holds, of each rank; see `TransferCounts`.
+
+        Raises:
+            EngineError: The engine has another connector, or none.
+        """
+        if not ours(self._options.get("kv_transfer_config")):
+            raise EngineError(f"engine of {self.model!r} has not llmd's connector")
+        counts: list[Mapping[str, int]]
+        counts = await self._alive().collective_rpc("transfer_counts")
+        return counts
+
     async def _load(self, worker: WorkerId, report: Callable[[Report], None]) -> None:
         loop = asyncio.get_running_loop()
         self._scratch = tempfile.mkdtemp(prefix="llmd-")
@@ -222,6 +235,8 @@ class VllmEngine(Engine):
         )
         self._signals = Throttle(worker, report, self._signals_every)
         options = dict(self._options)
+        if ours(options.get("kv_transfer_config")):
+            options.setdefault("worker_extension_cls", TransferCounts.NAME)
         if self._loras:
             options.setdefault("enable_lora", True)
             # All at once in memory: vLLM would swap them, request by request.
