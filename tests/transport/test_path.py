@@ -35,12 +35,14 @@ from cuda/GPU0 to cuda |
 
 def logged(tables, process=OURS):
     lines = tables.strip().splitlines()
-    return "".join(f"[1795.1] [vm:{process}:0]   {line}\n" for line in lines)
+    return "".join(f"[1795.1] [vm:{process:<5}:0]   {line}\n" for line in lines)
 
 
 @pytest.fixture
 def log(tmp_path):
-    return PathLog(tmp_path / "ucx.log")
+    log = PathLog(tmp_path / f"ucx-{OURS}.log")
+    assert not log.paths()
+    return log
 
 
 @pytest.mark.parametrize("table", [NARROW, WIDE])
@@ -75,3 +77,10 @@ def test_of_several_lanes_one_by_tcp_is_enough_to_be_slow():
     table = HOST.replace("cma/memory", "50% on rc_mlx5/a and 50% on tcp/eth0")
     assert parse(logged(table), OURS)[0].slow
     assert not parse(logged(HOST), OURS)[0].slow
+
+
+def test_each_process_has_a_log_of_its_own(tmp_path):
+    log = PathLog(tmp_path / "ucx-%p.log")
+    (tmp_path / f"ucx-{OURS}.log").write_text(logged(HOST, 7) + logged(WIDE))
+    assert log.write_path("VRAM").lanes == "cuda_ipc/cuda"
+    assert log.write_path("DRAM") is None

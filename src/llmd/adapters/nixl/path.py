@@ -17,11 +17,12 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import uuid
 from pathlib import Path as File
 
 import attrs
 
-_LINE = re.compile(r"\[[^\]]*:(\d+):\d+\]\s*\|(.*)\|\s*$")
+_LINE = re.compile(r"\[[^\]]*:(\d+) *:\d+\]\s*\|(.*)\|\s*$")
 _ENDPOINT = re.compile(r"(self|intra-node|inter-node) cfg#\d+$")
 _SLOW = re.compile(r"\btcp/")
 
@@ -63,11 +64,12 @@ class PathLog:
     """A log that UCX writes its choices to, of all agents of this process.
 
     UCX reads its environment once, when its first context is made, so this
-    must be made before the first NIXL agent of the process.  Its children log to
-    the same file, each under its own process id.
+    must be made before the first NIXL agent of the process.  Two processes that
+    log to one file overwrite each other, so its children, which inherit the
+    environment, log to files of their own.
 
     Attributes:
-        file: The log.
+        file: The log; `%p` stands for the process id.
     """
 
     file: File
@@ -78,16 +80,17 @@ class PathLog:
         if "UCX_LOG_FILE" in os.environ:
             chosen = File(os.environ["UCX_LOG_FILE"])
             return cls(chosen) if os.environ.get("UCX_PROTO_INFO") == "y" else None
-        handle, name = tempfile.mkstemp(prefix="llmd-ucx-", suffix=".log")
-        os.close(handle)
-        os.environ["UCX_LOG_FILE"] = name
+        name = f"llmd-ucx-{uuid.uuid4().hex}-%p.log"
+        file = File(tempfile.gettempdir()) / name
+        os.environ["UCX_LOG_FILE"] = str(file)
         os.environ.setdefault("UCX_PROTO_INFO", "y")
-        return cls(File(name))
+        return cls(file)
 
     def paths(self) -> list[Path]:
         """Return what was chosen so far, oldest first."""
         try:
-            return parse(self.file.read_text(errors="replace"), os.getpid())
+            own = File(str(self.file).replace("%p", str(os.getpid())))
+            return parse(own.read_text(errors="replace"), os.getpid())
         except OSError:
             return []
 

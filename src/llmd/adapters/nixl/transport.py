@@ -46,7 +46,7 @@ _BUSY_NAP_S = 5e-5
 _IDLE_NAP_S = 2e-3
 _TICK_S = 1e-2
 _CLOSE_S = 1.0
-_LOOKS = 50
+_LOOKS = 200
 """At UCX's log for the way it chose, which it writes a little after it does."""
 _GOODBYE_STEPS = 20
 _PR_SET_TIMERSLACK = 29
