@@ -75,6 +75,14 @@ def tests(session: nox.Session) -> None:
     """Run all tests that need no engine."""
     session.install("-e", ".[testing]")
     session.run("pytest", "-m", "not vllm", *session.posargs)
+    if not session.posargs:  # the index as it is where there is no compiler
+        pure = (
+            "tests/index",
+            "tests/router",
+            "tests/test_kv_events.py",
+            "tests/test_native.py",
+        )
+        session.run("pytest", "-q", *pure, env={"LLMD_PURE": "1"})
 
 
 @nox.session(venv_backend="none")

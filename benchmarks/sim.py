@@ -1,10 +1,10 @@
 """Measure the simulator's speed, Dynamo's replay beside it, and the routers.
 
-python benchmarks/sim.py [--routing] [--ladder]
+python benchmarks/sim.py [--routing [--traces jittered verbatim azure]] [--ladder]
 
 `LLMD_TRACES` names the folder of public traces; without it the sample of the
 conversation trace that the tests use stands in, and says so in the keys.
-`--routing` prints what docs/explanation/routing.md shows, `--ladder` the
+`--routing` prints what docs/explanation/simulator.md shows, `--ladder` the
 comparison with llm-d's published 73-capacity benchmark: minutes each.
 """
 
@@ -126,9 +126,18 @@ def dynamo(workload: Workload, scratch: Path) -> Callable[[], object] | None:
     )
 
 
-def routing(jobs: int) -> None:
-    """Print capacities and half-load figures on the conversation trace."""
+def traced() -> dict[str, Workload]:
+    """Return the traces to route, by name; the public ones if they are there."""
     _, verbatim = conversation()
+    found = {"jittered": verbatim.jittered(3.0), "verbatim": verbatim}
+    if (traces_at := folder()) is not None:
+        # No two of its requests have anything in common.
+        found["azure"] = traces.azure(traces_at / "azure_llm_2023_conv.csv.gz")
+    return found
+
+
+def routing(jobs: int, names: list[str], highest: float) -> None:
+    """Print capacities and half-load figures on traces."""
     eight_b = Machine.of(H200, LLAMA31_8B)
     routers = {
         name: attrs.evolve(router, machine=eight_b)
@@ -136,13 +145,13 @@ def routing(jobs: int) -> None:
         else router
         for name, router in ROUTERS.items()
     }
-    for title, workload in (
-        ("jittered inside 3 s", verbatim.jittered(3.0)),
-        ("verbatim", verbatim),
-    ):
-        print(f"\n# Conversation trace, {title}: 8 H200, Llama 3.1 8B")
+    for title, workload in traced().items():
+        if names and title not in names:
+            continue
+        print(f"\n# {title}: 8 H200, Llama 3.1 8B")
+        between = (3.0, highest)
         found = capacities(
-            routers, workload, SLO, machine=eight_b, between=(3.0, 24.0), jobs=jobs
+            routers, workload, SLO, machine=eight_b, between=between, jobs=jobs
         )
         for capacity in found.values():
             print(f"{capacity!r}", flush=True)
@@ -253,12 +262,14 @@ def ladder(rates: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--routing", action="store_true")
+    parser.add_argument("--traces", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--highest", type=float, default=24.0, help="requests/s tried")
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--rates", type=int, nargs="+", default=[*STAGES])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.routing:
-        routing(options.jobs)
+        routing(options.jobs, options.traces, options.highest)
     elif options.ladder:
         ladder(options.rates)
     else:

@@ -40,6 +40,10 @@ def cluster():
         {"prompt": []},
         {"prompt": [-1]},
         {"prompt": [0.5]},
+        {"media": ((1, "behind the prompt"),)},
+        {"media": ((0, ""),)},
+        {"media": ("key",)},
+        {"media": ((0, b"key"),)},
     ],
     ids=repr,
 )
@@ -189,3 +193,24 @@ def test_simulations_of_nothing():
         simulate(llmd.RoundRobin, load)
     with pytest.raises(InvalidRequest):
         compare([], load)
+
+
+class Verbose(llmd.Router):
+    """Says a lot of itself, and of what went wrong."""
+
+    def __repr__(self):
+        return "Verbose(" + "settings, " * 10_000 + ")"
+
+    def cost(self, request, view):
+        raise ValueError("again and " * 10_000)
+
+
+def test_errors_name_a_policy_and_do_not_print_all_of_it():
+    cluster = llmd.Cluster(router=Verbose())
+    cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id="a")))
+    request = llmd.Request(id="r", prompt=[1])
+    [failed] = cluster.handle(e.RequestArrived(0.0, request))
+    assert str(failed.error).startswith("Verbose raised ValueError: again and")
+    with pytest.raises(PolicyError, match=r"Verbose\(settings") as caught:
+        cluster.balancer = Verbose()
+    assert max(len(str(failed.error)), len(str(caught.value))) < 700

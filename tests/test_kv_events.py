@@ -12,7 +12,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from llmd.adapters.vllm.kv_events import END, Gap, KVEventDecoder  # noqa: E402
+from llmd.errors import InvalidSnapshot  # noqa: E402
 from llmd.events import BlocksCleared, BlocksRemoved, BlocksStored  # noqa: E402
+from llmd.hashing import Hasher  # noqa: E402
 from llmd.types import Request, Tier, WorkerId  # noqa: E402
 
 SIZE = 4
@@ -115,8 +117,10 @@ class TestNames:
     @pytest.mark.parametrize(
         "more",
         [
-            {"extra_keys": [None, [["image", 3]]]},
             {"extra_keys": [[b"embedding"], None]},
+            {"extra_keys": [["salt", b"embedding"], None]},
+            {"extra_keys": [None, ["no salt in a second block"]]},
+            {"extra_keys": [None, [["image", "3"]]]},
             {"lora_id": 3},
         ],
     )
@@ -124,6 +128,28 @@ class TestNames:
         assert decoder.feed(frames(0, stored([1, 2], range(8), **more)), 0.0) == []
         assert decoder.feed(frames(1, stored([3], range(4), 2)), 0.0) == []
         assert decoder.counts["unnamed blocks"] == 3
+
+    @pytest.mark.parametrize("salt", ["", "s"])
+    def test_media_enter_the_name_where_they_begin(self, decoder, salt):
+        """As vLLM tells of them: in each block that they reach into."""
+        tokens = range(20)
+        media = ((6, "cat"), (10, "dog"))
+        first = [*[salt] * bool(salt)]
+        keys = [first or None, [["cat", 2]], [["cat", -2], ["dog", 2]], [["dog", -2]]]
+        (one,) = decoder.feed(
+            frames(0, stored([1, 2], tokens[:8], extra_keys=keys[:2])), 0.0
+        )
+        (two,) = decoder.feed(
+            frames(1, stored([3, 4], tokens[8:16], 2, extra_keys=keys[2:])), 0.0
+        )
+        (three,) = decoder.feed(frames(2, stored([5], tokens[16:], 4)), 0.0)
+        told = [*one.hashes, *two.hashes, *three.hashes]
+        assert told == names(tokens, media=media, salt=salt)
+        plain = names(tokens, salt=salt)
+        assert told[0] == plain[0]
+        assert set(told[1:]).isdisjoint(plain)
+        for other in (((6, "cat"),), ((7, "cat"), (10, "dog")), ((6, "dog"),)):
+            assert told[1:] != names(tokens, media=other, salt=salt)[1:]
 
     def test_a_child_of_an_unknown_parent_gets_no_name(self, decoder):
         assert decoder.feed(frames(0, stored([1], range(4), 99)), 0.0) == []
@@ -306,6 +332,50 @@ class TestSequence:
         decoder.feed(frames(0, stored([1], range(4))), 0.0)
         assert decoder.forget(3.0, "why") == [BlocksCleared(3.0, WorkerId("w"), "why")]
         assert len(decoder.feed(frames(0, stored([1], range(4))), 0.0)) == 1
+
+
+class TestDump:
+    def known(self):
+        decoder = KVEventDecoder(WorkerId("w"))
+        decoder.feed(frames(0, stored([1, 2], range(8))), 0.0)
+        decoder.feed(frames(1, stored([1], range(4))), 0.0)  # a second copy
+        decoder.feed(frames(2, stored([b"9"], range(4), medium="CPU")), 0.0)
+        decoder.feed(frames(0, stored([7], range(50, 54)), rank=1), 0.0)
+        return decoder
+
+    def test_another_process_goes_on_where_the_first_was(self):
+        first, second = self.known(), KVEventDecoder(WorkerId("w"))
+        second.restore(first.dump())
+        for batch in (
+            frames(0, stored([1, 2], range(8)), replay=True),  # seen already
+            frames(3, removed(1), stored([3], range(8, 12), 2)),
+            frames(4, removed(1, 2, 3), removed(b"9", medium="CPU")),
+            frames(1, stored([8], range(54, 58), 7), removed(7), rank=1),
+        ):
+            replayed = len(batch) == 4
+            one, two = (
+                held(decoder.feed(batch, 1.0, replayed=replayed))
+                for decoder in (first, second)
+            )
+            assert one == two
+            assert second.gap is None
+        assert first.dump() == second.dump()
+
+    def test_what_was_missed_meanwhile_is_a_gap(self):
+        second = KVEventDecoder(WorkerId("w"))
+        second.restore(self.known().dump())
+        assert second.feed(frames(5, removed(1)), 1.0) == []
+        assert second.gap == Gap(0, 3, 5)
+
+    def test_a_damaged_dump_and_one_of_another_key_are_refused(self):
+        data = self.known().dump()
+        decoder = KVEventDecoder(WorkerId("w"))
+        for bad in (data[:-1], b"?" + data[1:], data[:40] + b"?" + data[41:], b""):
+            with pytest.raises(InvalidSnapshot):
+                decoder.restore(bad)
+        other = KVEventDecoder(WorkerId("w"), hasher=Hasher(bytes(16)))
+        with pytest.raises(InvalidSnapshot, match="key"):
+            other.restore(data)
 
 
 class TestGarbage:

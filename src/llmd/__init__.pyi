@@ -1,10 +1,11 @@
 from . import commands, errors, events
 from .autoscaler import Autoscaler, TargetConcurrency
 from .balancer import ADMIT, Fcfs, QueueBalancer, Verdict
-from .blocks import Hasher, Prompt
+from .blocks import Prompt
 from .cluster import Cluster
 from .decision import Decision, Explanation, Term
 from .errors import LlmdError
+from .hashing import Hasher
 from .index import BlendedIndex, ExactIndex, GuessedIndex, PrefixIndex
 from .machines import Machine
 from .router import (

@@ -19,6 +19,7 @@ class Booking:
         decision: Where it runs.
         prefill_tokens: Prompt tokens booked on `decision.first`, 0 once done.
         context_tokens: Prompt and output tokens booked on `decision.decode`.
+        generated_tokens: Of the answer so far, by earlier workers too.
         uncached_tokens: Prompt tokens that were to be computed, by the index.
         since: When the request arrived, seconds.
         attempts: Dispatches of it that failed before this one.
@@ -27,7 +28,7 @@ class Booking:
         last_token_at: When it last generated; during the hook `generated`,
             the time before that.  NaN before the first.
         prefilled: The prompt is computed.
-        streamed: Its client has seen part of the answer.
+        streamed: Its client has seen part of the answer, from here.
         failed_on: Workers on which it was dispatched before and failed.
 
     >>> booking = Booking(Request(id="r", prompt=[1]), Decision("a"), 1, 1)
@@ -39,6 +40,7 @@ class Booking:
     decision: Decision
     prefill_tokens: int
     context_tokens: int
+    generated_tokens: int = attrs.field(default=0, kw_only=True)
     uncached_tokens: int = 0
     since: float = math.nan
     attempts: int = 0

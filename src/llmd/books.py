@@ -80,13 +80,15 @@ class Books:
         self.prefill_done(booking)
         if not booking.streamed:
             booking.streamed = True
-            self._keep(booking.decision.decode, booking)
+            if not booking.request.resumable:
+                self._keep(booking.decision.decode, booking)
             self._add(booking.decision.decode, "waiting_requests", -1)
             self.generated(booking, 1)
 
     def generated(self, booking: Booking, tokens: int) -> None:
         """Note *tokens* more of output."""
         booking.context_tokens += tokens
+        booking.generated_tokens += tokens
         self._add(booking.decision.decode, "context_tokens", tokens)
 
     def release(self, booking: Booking) -> None:
@@ -104,7 +106,10 @@ class Books:
         del self._bookings[booking.request.id]
 
     def sheddable(self, worker: WorkerId) -> Iterator[Booking]:
-        """Yield what *worker* may shed: it streamed nothing; newest first."""
+        """Yield what *worker* may shed, the newest first.
+
+        It streamed nothing, or can be resumed.
+        """
         for id in reversed([*self._sheddable.get(worker, ())]):
             yield self._bookings[id]
 

@@ -4,7 +4,8 @@ A request is in exactly one place: waiting, booked, or gone.
 
     arrives -> waiting -> booked -> gone
                   ^         |
-                  +---------+   its worker failed and nothing was streamed
+                  +---------+   its worker failed, and nothing was streamed or
+                                it can be resumed
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .errors import (
     UnknownAdapter,
     UnknownModel,
     policy_error,
+    shown,
 )
 from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
@@ -88,7 +90,7 @@ class Core:
     @balancer.setter
     def balancer(self, balancer: QueueBalancer) -> None:
         if not isinstance(balancer, QueueBalancer):
-            raise PolicyError(f"{balancer!r} is no QueueBalancer")
+            raise PolicyError(f"{shown(balancer)} is no QueueBalancer")
         self._file_anew(balancer)
         self._balancer = balancer
 
@@ -171,7 +173,8 @@ class Core:
         self.release(booking)
         booking.failed_on |= {worker}
         attempts = booking.attempts + 1
-        if booking.streamed or attempts >= self.max_attempts:
+        lost = booking.streamed and not booking.request.resumable
+        if lost or attempts >= self.max_attempts:
             self.gone(booking.request)
             return c.Fail(booking.request, error)
         return self.requeue(booking, attempts)
@@ -187,6 +190,7 @@ class Core:
                 attempts,
                 again=True,
                 failed_on=booking.failed_on,
+                generated_tokens=booking.generated_tokens,
             )
         except LlmdError as failure:
             self.gone(request)

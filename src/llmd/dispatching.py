@@ -10,7 +10,7 @@ import numpy as np
 from . import commands as c
 from .booking import Booking
 from .decision import Decision
-from .errors import PolicyError, policy_error
+from .errors import PolicyError, policy_error, shown
 from .lane import Entry
 from .types import Request, WorkerId
 from .view import Mask, View
@@ -117,7 +117,7 @@ def _room(core: Core, request: Request, view: View) -> Mask:
     room: Mask = np.asarray(core.balancer.room(request, view))
     if room.shape != (len(view.workers),) or room.dtype != np.bool_:
         raise PolicyError(
-            f"{core.balancer!r} gave room {room.dtype}{room.shape} for"
+            f"{type(core.balancer).__name__} gave room {room.dtype}{room.shape} for"
             f" {len(view.workers)} workers"
         )
     return room
@@ -156,16 +156,19 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
     """
     for worker in (decision.first, decision.decode):
         if worker not in core.fleet:
-            raise PolicyError(f"{core.router!r} chose {worker!r}: not there")
+            name = type(core.router).__name__
+            raise PolicyError(f"{name} chose {shown(worker)}: not there")
     request, now = entry.request, core.view.now
     row = core.fleet.row(decision.first)
     held = int(core.view.cached_tokens(request)[row, -1])
-    uncached = max(request.prompt_tokens - held, 1)
+    tokens = request.prompt_tokens + entry.generated_tokens
+    uncached = max(tokens - held, 1)
     booking = Booking(
         request,
         decision,
         prefill_tokens=uncached,
-        context_tokens=request.prompt_tokens,
+        context_tokens=tokens,
+        generated_tokens=entry.generated_tokens,
         uncached_tokens=uncached,
         since=entry.since,
         attempts=entry.attempts,

@@ -44,6 +44,10 @@ class UnknownWorker(LlmdError, LookupError):
     """No worker has this id."""
 
 
+class UnknownPool(LlmdError, LookupError):
+    """Nothing is known of a pool of workers by this name."""
+
+
 class BlockSizeMismatch(LlmdError, ValueError):
     """Prefix hashes of one block size were asked for at another."""
 
@@ -59,7 +63,7 @@ class InvalidEvent(LlmdError, ValueError):
 class PolicyError(LlmdError, ValueError):
     """A policy broke its contract: a NaN, a wrong shape or an exception.
 
-    The message shows the policy with all its settings, for who runs it.
+    The message names the policy's type and what it did, for who runs it.
 
     Attributes:
         policy: Name of the policy's type; empty if it is not known.
@@ -69,7 +73,7 @@ class PolicyError(LlmdError, ValueError):
 
     @property
     def brief(self) -> str:
-        """What happened, without the policy's settings, for strangers."""
+        """What happened, without what the policy said of it, for strangers."""
         policy = f"the policy {self.policy}" if self.policy else "a policy"
         if self.__cause__ is None:
             return f"{policy} broke its contract"
@@ -78,6 +82,10 @@ class PolicyError(LlmdError, ValueError):
 
 class InvalidPolicy(LlmdError, ValueError):
     """A policy was built with values that make no sense."""
+
+
+class MissingRequest(InvalidPolicy):
+    """Use is aimed at as a part of what workers request, which nothing says."""
 
 
 class NoSignal(LlmdError):
@@ -103,7 +111,7 @@ class DeadlineExceeded(LlmdError, TimeoutError):
 
 
 class WorkerLost(LlmdError):
-    """The worker died after it had streamed part of the answer."""
+    """The worker died after part of an answer that is not `resumable`."""
 
 
 class EngineError(LlmdError):
@@ -153,8 +161,31 @@ class NoWay(TransferError):
 def policy_error(policy: object, error: Exception) -> LlmdError:
     """Return what a failing policy costs the request it was asked about."""
     if not isinstance(error, PolicyError):
-        wrapped = PolicyError(f"{policy!r} raised {type(error).__name__}: {error}")
+        said = shortened(str(error), 500)
+        name = type(policy).__name__
+        wrapped = PolicyError(f"{name} raised {type(error).__name__}: {said}")
         wrapped.__cause__ = error
         error = wrapped
     error.policy = error.policy or type(policy).__name__
     return error
+
+
+def shortened(text: str, characters: int) -> str:
+    """Return *text* with its middle left out if it has more *characters*.
+
+    >>> shortened("a policy of many settings", 15)
+    'a poli...ttings'
+    """
+    if len(text) <= characters:
+        return text
+    kept = max(characters - 3, 2) // 2
+    return f"{text[:kept]}...{text[-kept:]}"
+
+
+def shown(value: object, characters: int = 100) -> str:
+    """Return the repr of *value*, short enough for a message.
+
+    >>> len(shown("x" * 5000))
+    99
+    """
+    return shortened(repr(value), characters)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from .blocks import Hashes
+from .hashing import Hashes
 from .types import (
     Load,
     Request,

@@ -10,7 +10,7 @@ import numpy as np
 
 from .events import SignalsReported
 from .types import State, Worker, WorkerId
-from .view import COLUMNS, Mask, Workers
+from .view import COLUMNS, LOADS, Mask, Workers
 
 # Such a worker joined before its engine could say what it serves.
 _UNKNOWN = (State.STARTING, State.LOADING)
@@ -148,7 +148,10 @@ class Fleet:
         return np.array(serves, dtype=np.bool_)
 
     def _show(self, facts: tuple[Worker, ...], states: tuple[State, ...]) -> None:
-        shown = {}
+        loads = np.array([self.columns[name] for name in LOADS], dtype=np.int64)
+        self.columns.update(zip(LOADS, loads, strict=True))
+        shown: dict[str, Any] = {"loads": loads.view()}
+        shown["loads"].flags.writeable = False
         for name, column in self.columns.items():
             shown[name] = column.view()
             shown[name].flags.writeable = False

@@ -28,6 +28,7 @@ class Entry:
         since: When it arrived, seconds.
         attempts: Dispatches of it that failed.
         failed_on: Workers on which they did.
+        generated_tokens: Of its answer, before it was taken off a worker.
         number: Breaks ties of keys; unique, smaller goes first.
         key: As in `Place`, like what follows.
         flow: Where its turn is decided.
@@ -42,6 +43,7 @@ class Entry:
     attempts: int
     number: int
     failed_on: frozenset[WorkerId] = frozenset()
+    generated_tokens: int = 0
     key: Any = None
     flow: Hashable = ""
     lane: tuple[Hashable, Hashable] = ((), ())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 
 import attrs
 
@@ -55,6 +57,7 @@ class Recommendation:
         proposals: What each signal asked for.
         steps: What turned the largest proposal into `workers`, in order.
         pool: Which workers it is about; empty for all.
+        parts: One for each pool, where there are several.
 
     >>> queue = Proposal("queue", 7.2, "36 requests, 5 a worker")
     >>> limit = Step("max_workers", 8, 4, "never more than 4")
@@ -71,6 +74,17 @@ class Recommendation:
     proposals: tuple[Proposal, ...] = ()
     steps: tuple[Step, ...] = ()
     pool: str = ""
+    parts: tuple[Recommendation, ...] = ()
+
+    @classmethod
+    def together(cls, at: float, parts: Sequence[Recommendation]) -> Recommendation:
+        """Return the sum of *parts*, made *at* one moment."""
+        return cls(
+            at=at,
+            current=sum([part.current for part in parts]),
+            workers=sum([part.workers for part in parts]),
+            parts=tuple(parts),
+        )
 
     def explain(self) -> str:
         """Return every proposal, and which rule bounded or held it, in lines."""
@@ -87,6 +101,7 @@ class Recommendation:
                 else f"{step.after} kept by"
             )
             lines.append(f"  {count} {step.rule}: {step.reason}")
+        lines += [textwrap.indent(part.explain(), "  ") for part in self.parts]
         return "\n".join(lines)
 
     def __str__(self) -> str:

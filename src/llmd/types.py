@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeAlias
 
 import attrs
 
-from .blocks import Hashes, Prompt, seed_of
+from .blocks import Prompt
 from .errors import InvalidRequest
+from .hashing import Hashes, process_hasher, seed_of
 
 WorkerId: TypeAlias = str
 RequestId: TypeAlias = str
@@ -59,9 +60,6 @@ def _names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-_ALL_TEXT = {str}
-
-
 def _is_whole(value: object) -> bool:
     if type(value) is int:
         return True
@@ -88,12 +86,19 @@ class Request:
         model: Served model name; empty means any.
         lora: Name of a LoRA adapter; empty means none.
         salt: Requests share cached prefixes only under an equal salt.
+        media: What the prompt holds beside tokens, images say: where the
+            tokens that stand for it begin, and its key, as the engine names it.
         tenant: Who to be fair to.
         session: Turns of one conversation carry one session name.
         priority: Smaller runs earlier, as in vLLM.
         deadline: Absolute time after which nobody waits any more, seconds.
         sheddable: It may be taken off its worker for more urgent work, as
             long as it streamed nothing; it waits again then.
+        resumable: That, and going on elsewhere if its worker fails, may happen
+            after part of the answer was streamed too: what was said goes behind
+            the prompt, and the rest follows.  It may not be the rest that the
+            first worker would have said, and a stop string over the seam is
+            not seen.
 
     Raises:
         InvalidRequest: A value is out of range; `EmptyPrompt` for no tokens.
@@ -110,18 +115,22 @@ class Request:
     model: str = ""
     lora: str = ""
     salt: str = ""
+    media: tuple[tuple[int, str], ...] = ()
     tenant: str = ""
     session: str = ""
     priority: int = 0
     deadline: float = math.inf
     sheddable: bool = False
+    resumable: bool = False
 
     def __attrs_post_init__(self) -> None:
         # At once, as a request is made for every arrival.
-        texts = self.id, self.model, self.lora, self.salt, self.tenant, self.session
-        if {*map(type, texts)} != _ALL_TEXT:
+        id = self.id
+        try:
+            "".join((id, self.model, self.lora, self.salt, self.tenant, self.session))
+        except TypeError:
             self._check_texts()
-        if not self.id:
+        if not id:
             raise InvalidRequest("a request needs an id")
         most = self.max_new_tokens
         if most is not None and (not _is_whole(most) or most < 1):
@@ -135,6 +144,22 @@ class Request:
             )
         if not self.deadline >= -math.inf:
             raise InvalidRequest(f"deadline of {self.id!r} is {self.deadline!r}")
+        if self.media:
+            self._check_media()
+
+    def _check_media(self) -> None:
+        for item in self.media:
+            if not (
+                isinstance(item, tuple)
+                and len(item) == 2
+                and _is_whole(item[0])
+                and 0 <= item[0] < self.prompt.tokens
+                and isinstance(item[1], str)
+                and item[1]
+            ):
+                raise InvalidRequest(
+                    f"media of {self.id!r} has {item!r}, want (place, key)"
+                )
 
     def _check_texts(self) -> None:
         for name in ("id", "model", "lora", "salt", "tenant", "session"):
@@ -152,12 +177,14 @@ class Request:
     def hashes(self, block_tokens: int) -> Hashes:
         """Name each block-aligned prefix of the prompt, shape (blocks,).
 
-        Equal names mean equal leading tokens, salt and adapter; the block
-        size does not enter, so engines that differ in it can be compared.
+        Equal names mean equal leading tokens and media, salt and adapter; the
+        block size does not enter, so engines that differ in it can be compared.
         """
         hashes = self.prompt.hashes(block_tokens)
         if self.salt or self.lora:
-            return hashes + seed_of(self.salt, self.lora)
+            hashes = hashes + seed_of(self.salt, self.lora)
+        if self.media:
+            hashes = process_hasher().mark(hashes, block_tokens, self.media)
         return hashes
 
 

@@ -20,8 +20,10 @@ Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
-_DERIVED_KEPT = 64
+LOADS = ("running_requests", "waiting_requests", "prefill_tokens", "context_tokens")
+"""The columns of a worker that a router books on, in the order of `Workers.loads`."""
 
+_DERIVED_KEPT = 64
 
 _READY = frozenset({State.READY})
 _SUPPLY = frozenset({State.STARTING, State.LOADING, State.WARMING, State.READY})
@@ -48,6 +50,8 @@ class Workers:
         reported_running: The engine's own count of batched requests, or NaN.
         reported_kv_usage: The engine's own KV usage in [0, 1], or NaN.
         reported_at: When it measured these, or NaN.
+        loads: Running and waiting requests, prefill and context tokens, one
+            below the other, (4, W).
     """
 
     ids: tuple[WorkerId, ...]
@@ -65,9 +69,14 @@ class Workers:
     reported_running: Floats
     reported_kv_usage: Floats
     reported_at: Floats
+    loads: Ints = attrs.field()
     _derived: dict[Hashable, NDArray[Any]] = attrs.field(
         factory=dict, init=False, repr=False
     )
+
+    @loads.default
+    def _stacked(self) -> Ints:
+        return np.array([getattr(self, name) for name in LOADS], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -144,6 +153,8 @@ class _Part(Workers):
         # Reached only while the attribute of this name is not set.
         if name in COLUMNS:
             value = getattr(self._whole, name)[self._picked]
+        elif name == "loads":
+            value = np.take(self._whole.loads, self._picked, axis=1)
         elif name in ("ids", "facts", "states"):
             whole = getattr(self._whole, name)
             value = tuple([whole[row] for row in self._picked.tolist()])

@@ -16,7 +16,7 @@ import attrs
 from sortedcontainers import SortedList
 
 from .balancer.interface import Place, QueueBalancer
-from .errors import LlmdError, PolicyError, policy_error
+from .errors import LlmdError, PolicyError, policy_error, shown
 from .lane import Entry, Lane, Rank
 from .types import Request, RequestId, WorkerId
 from .view import View
@@ -66,6 +66,7 @@ class WaitingRequests:
         attempts: int = 0,
         again: bool = False,
         failed_on: frozenset[WorkerId] = frozenset(),
+        generated_tokens: int = 0,
     ) -> LaneName:
         """Let *request*, here since *since*, wait; return its lane.
 
@@ -81,7 +82,9 @@ class WaitingRequests:
             self._last += 1
             number = self._last
         group = self._apart(request, failed_on)
-        entry = Entry(request, group, since, attempts, number, failed_on)
+        entry = Entry(
+            *(request, group, since, attempts, number, failed_on, generated_tokens)
+        )
         self._enter(entry, view)
         return entry.lane
 
@@ -159,6 +162,7 @@ class WaitingRequests:
                 old.attempts,
                 old.number,
                 old.failed_on,
+                old.generated_tokens,
             )
             other._enter(entry, view)
         return other
@@ -239,9 +243,8 @@ class WaitingRequests:
     def _place(self, entry: Entry, view: View) -> Place:
         place = self.balancer.place(entry.request, view, entry.since)
         if place.key != place.key:
-            raise PolicyError(
-                f"{self.balancer!r} gave {entry.request.id!r} the key {place.key}"
-            )
+            name, key = type(self.balancer).__name__, shown(place.key)
+            raise PolicyError(f"{name} gave {entry.request.id!r} the key {key}")
         return place
 
     def _join(self) -> None:
@@ -322,7 +325,8 @@ class WaitingRequests:
     def _turn_of(self, flow: Hashable, view: View) -> Any:
         turn = self.balancer.turn(flow, view)
         if turn != turn:
-            raise PolicyError(f"{self.balancer!r} gave flow {flow!r} the turn {turn}")
+            name = type(self.balancer).__name__
+            raise PolicyError(f"{name} gave flow {shown(flow)} the turn {turn}")
         return turn
 
     def _turn(self, flow: Hashable, view: View) -> list[Casualty]:

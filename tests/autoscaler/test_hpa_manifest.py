@@ -1,5 +1,9 @@
 """A manifest loads as the API server reads it."""
 
+import copy
+import functools
+import operator
+
 import pytest
 
 from llmd.autoscaler.behavior import DOWN, UP, Behavior, Count, Percent, Rules, Select
@@ -159,3 +163,170 @@ WRONG = {
 def test_nonsense_is_refused(text):
     with pytest.raises(InvalidPolicy):
         manifests.load(text)
+
+
+BESIDE = "type: AverageValue, averageValue: "
+# What is wrong, in FULL: replaced, by, and how the message begins.
+NAMED = {
+    "no container": (
+        "      container: vllm\n",
+        "",
+        "spec.metrics[2].containerResource.container is missing",
+    ),
+    "empty container": (
+        "container: vllm",
+        'container: ""',
+        "spec.metrics[2].containerResource.container is ''",
+    ),
+    "no resource": (
+        "name: cpu\n      container",
+        "container",
+        "spec.metrics[2].containerResource.name is missing",
+    ),
+    "no described object": (
+        "      describedObject: {kind: InferencePool, name: pool}\n",
+        "",
+        "spec.metrics[4].object.describedObject is missing",
+    ),
+    "described by no name": (
+        "InferencePool, name: pool",
+        "InferencePool",
+        "spec.metrics[4].object.describedObject.name is missing",
+    ),
+    "no metric": (
+        "metric: {name: inference_pool_average_queue_size}",
+        "metric: {}",
+        "spec.metrics[4].object.metric.name is missing",
+    ),
+    "no target": (
+        "      target: {type: Value, value: 5}\n",
+        "",
+        "spec.metrics[4].object.target is missing",
+    ),
+    "no amount": (
+        "type: Value, value: 5",
+        "type: Value",
+        "spec.metrics[4].object.target.value is missing",
+    ),
+    "no type": (
+        "type: Value, value: 5",
+        "value: 5",
+        "spec.metrics[4].object.target.type is missing",
+    ),
+    "two amounts": (
+        "type: Value, value: 5",
+        "type: Value, value: 5, averageValue: 3",
+        "spec.metrics[4].object.target.averageValue is 3, must not be set beside value",
+    ),
+    "two amounts of a series": (
+        f"{BESIDE}0.8",
+        f"{BESIDE}0.8, value: 3",
+        "spec.metrics[5].external.target.value is 3, must not be set beside",
+    ),
+    "two amounts of a resource": (
+        f"{BESIDE}8Gi",
+        f"{BESIDE}8Gi, averageUtilization: 3",
+        "spec.metrics[1].resource.target.averageUtilization is 3, must not be set",
+    ),
+    "an amount of no kind": (
+        "averageValue: 8Gi",
+        "averageValue: 8GG",
+        "spec.metrics[1].resource.target.averageValue: '8GG' is no quantity",
+    ),
+    "a value of each pod": (
+        f'{BESIDE}"10"',
+        "type: Value, value: 10",
+        "spec.metrics[3].pods.target.type is 'Value', must be AverageValue",
+    ),
+    "a slip of the pen": (
+        "metric: {name: running}",
+        "metric: {name: running, selectors: {}}",
+        "spec.metrics[3].pods.metric has unknown fields: selectors",
+    ),
+    "two sources": (
+        "  - type: Pods\n    pods",
+        "  - type: Pods\n    object: {}\n    pods",
+        "spec.metrics[3].object is {}, must not be set where type is Pods",
+    ),
+    "a rate of text": (
+        "value: 4, periodSeconds",
+        "value: four, periodSeconds",
+        "spec.behavior.scaleUp.policies[0].value is 'four', must be a whole number",
+    ),
+    "a long period": (
+        "periodSeconds: 15",
+        "periodSeconds: 1801",
+        "spec.behavior.scaleUp.policies[1]: period is 1801.0 s",
+    ),
+    "a long window": (
+        "stabilizationWindowSeconds: 600",
+        "stabilizationWindowSeconds: 3601",
+        "spec.behavior.scaleDown: window is 3601.0 s",
+    ),
+    "a negative tolerance": (
+        "tolerance: 50m",
+        "tolerance: -50m",
+        "spec.behavior.scaleUp: tolerance is -0.05",
+    ),
+    "a bound of text": (
+        "minReplicas: 2",
+        "minReplicas: two",
+        "spec.minReplicas is 'two', must be a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "said"), NAMED.values(), ids=NAMED)
+def test_what_is_refused_is_named_by_its_path(old, new, said):
+    assert FULL.count(old) == 1
+    with pytest.raises(InvalidPolicy) as caught:
+        manifests.load(FULL.replace(old, new))
+    assert str(caught.value).startswith(said)
+
+
+def test_a_tolerance_is_kept_to_the_last_digit():
+    spec = manifests.load(FULL.replace("50m", "500u")).spec
+    assert spec.behavior.up.tolerance == 0.0005
+
+
+def places(value, path=()):
+    """Yield the path of every value within *value*."""
+    yield path
+    pairs = ()
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        yield from places(inner, (*path, key))
+
+
+JUNK = {
+    "null": None,
+    "empty": "",
+    "text": "x",
+    "whole": 5,
+    "negative": -1,
+    "part": 2.5,
+    "true": True,
+    "list": [5],
+    "object": {5: 6},
+    "long": "x" * 9999,
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
+def test_junk_anywhere_is_taken_or_refused_in_short(junk):
+    import yaml
+
+    [*_, whole] = yaml.safe_load_all(FULL)
+    for path in places(whole):
+        document, refused = copy.deepcopy(whole), ""
+        if not path:
+            document = junk
+        else:
+            *outer, last = path
+            functools.reduce(operator.getitem, outer, document)[last] = junk
+        try:
+            manifests.from_dict(document)
+        except InvalidPolicy as error:
+            refused = str(error)
+        assert len(refused) < 300

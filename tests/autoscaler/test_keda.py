@@ -54,9 +54,9 @@ def target(messages, pool=""):
     )
 
 
-async def metric(stub, messages, pool=""):
+async def metric(stub, messages, pool="", name="llmd-workers"):
     request = messages.GetMetricsRequest(
-        scaledObjectRef=target(messages, pool), metricName="llmd-workers"
+        scaledObjectRef=target(messages, pool), metricName=name
     )
     return await stub.GetMetrics(request, timeout=5.0)
 
@@ -92,6 +92,16 @@ async def test_a_pool_without_a_count_is_an_error_that_keda_holds_on(keda):
             await call
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert "nobody" in caught.value.details()
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "s0-llmd-workers", "x" * 100_000])
+async def test_another_metric_is_not_found(keda, name):
+    scaler, stub, messages = keda
+    scaler.obey(Scale(3))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await metric(stub, messages, name=name)
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    assert "'llmd-workers'" in caught.value.details()
 
 
 async def test_a_stream_tells_of_changes_and_only_of_them(keda):

@@ -9,20 +9,12 @@ from llmd import commands as c
 from llmd import events as e
 from llmd.autoscaler import (
     Autoscaler,
-    Cheapest,
     Consolidation,
     Count,
-    Forecast,
-    HoltWinters,
-    Kpa,
     Largest,
-    LatencySlo,
-    Load,
-    Offer,
     Percent,
     Pool,
     Pools,
-    Quantile,
     Rules,
     Select,
     TargetConcurrency,
@@ -33,9 +25,9 @@ from llmd.autoscaler import (
     TargetWait,
     TokenSupply,
 )
-from llmd.autoscaler.hpa import AverageValue, Hpa, HpaSpec, Pods
-from llmd.errors import InvalidPolicy, NoSignal, PolicyError
-from llmd.types import Role, State
+from llmd.errors import InvalidPolicy, PolicyError
+from llmd.recommendation import Proposal
+from llmd.types import State
 
 
 class Told(Autoscaler):
@@ -110,7 +102,7 @@ def test_bounds_are_met_at_once(make_bench):
 def test_a_broken_wish_is_named_and_changes_nothing(make_bench):
     scaler, bench = Told(max_workers=9), make_bench(1)
     scaler.wish = math.nan
-    with pytest.raises(PolicyError, match="Told"):
+    with pytest.raises(PolicyError, match=r"^Told wants nan workers$"):
         scaler.target(bench.view)
     assert course(scaler, bench, [4]) == [4]
 
@@ -125,6 +117,8 @@ def test_a_broken_wish_is_named_and_changes_nothing(make_bench):
         lambda: Count(0, 15.0),
         lambda: Count(1, 0.0),
         lambda: TargetConcurrency(requests_per_worker=0),
+        lambda: TargetConcurrency(requests_per_worker=math.nan),
+        lambda: TargetConcurrency(requests_per_worker="five"),
         lambda: TokenSupply(grow_at=0.5, shrink_at=0.6),
         lambda: Largest(policies=()),
         lambda: Pools(pools={"a": Pool(policy=Told(min_workers=1))}, budget=0),
@@ -241,6 +235,43 @@ def test_the_largest_counts_and_a_silent_one_forbids_to_shrink(make_bench):
     assert scaler.target(bench.view) == 2
 
 
+class Endless(Autoscaler):
+    """Proposes, and wants, what is no count."""
+
+    def wanted(self, view):
+        return math.inf
+
+    def proposals(self, view):
+        return (Proposal("rate over nothing", math.inf),)
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan, Endless()])
+def test_one_that_wants_no_count_is_told_of_and_does_not_count(make_bench, broken):
+    bench, load = make_bench(1), TargetConcurrency(requests_per_worker=2)
+    if not isinstance(broken, Autoscaler):
+        wish, broken = broken, Told()
+        broken.wish = wish
+    bench.cluster.autoscaler = Largest(
+        policies=(broken, load), max_workers=9, patience=0.0
+    )
+    bench.load(8)
+    bench.wait(1.0)
+    [scale] = bench.cluster.handle(e.Tick(bench.now))
+    assert scale.workers == 4
+    named = "rate over nothing" if isinstance(broken, Endless) else "Told"
+    assert f"{named} cannot tell: " in scale.advice.explain()
+    bench.load(2)
+    bench.wait(1.0)
+    assert bench.cluster.handle(e.Tick(bench.now)) == []  # it may have wanted more
+    broken = Largest(policies=(broken,), max_workers=9)
+    assert broken.target(bench.view) == 1  # what is there stays
+
+
+def test_a_proposal_of_no_count_is_refused(make_bench):
+    with pytest.raises(PolicyError, match="Endless wants inf workers"):
+        Endless(max_workers=9).target(make_bench(1).view)
+
+
 def test_consolidation_leaves_room_for_who_stays(make_bench):
     bench = make_bench(3)
     inner = TargetConcurrency(requests_per_worker=10)
@@ -250,203 +281,3 @@ def test_consolidation_leaves_room_for_who_stays(make_bench):
     bench.load(18)
     bench.wait(1.0)
     assert scaler.target(bench.view) == 2
-
-
-# Bursts ---------------------------------------------------------------------
-
-
-def test_kpa_panics_and_does_not_shrink_in_panic(make_bench):
-    bench = make_bench(1)
-    scaler = Kpa(requests_per_worker=5, max_workers=20)
-    counts = []
-    for second in range(200):
-        bench.load(50 if 60 <= second < 70 else 2)
-        bench.wait(1.0)
-        counts.append(scaler.target(bench.view))
-        bench.fit(counts[-1])
-    assert set(counts[:60]) == {1}
-    assert counts[69] >= 9
-    assert counts[69:120] == [counts[69]] * 51
-    assert counts[-1] == 1
-
-
-def test_token_supply_has_a_dead_band(make_bench):
-    bench = make_bench(2, kv_blocks=100)  # 1600 tokens each
-    scaler = TokenSupply(max_workers=9)
-
-    def wish(tokens):
-        bench.load(0)
-        bench.arrive(1, prompt_tokens=tokens)
-        return scaler.wanted(bench.view)
-
-    assert wish(2700) == 2  # under 0.85 of 3200
-    assert wish(2800) > 2
-    assert wish(2300) == 2  # over 0.7 of 3200
-    assert wish(1100) == 1  # under 0.7 of 1600
-    bench.join(State.STARTING)
-    assert wish(4000) == 3  # what is coming counts
-
-
-def test_latency_inverts_the_step_model():
-    slo = LatencySlo(ttft=0.5, itl=0.02, max_workers=64)
-    load = Load(400, 800_000, 0, 60_000, 2000)
-    fewest = slo.fewest(load)
-    ttft, itl = slo.latencies(load, fewest)
-    assert ttft <= 0.7 * 0.5
-    assert itl <= 0.7 * 0.02
-    worse = slo.latencies(load, fewest - 1)
-    assert worse[0] > 0.7 * 0.5 or worse[1] > 0.7 * 0.02
-    for factor in (1, 2, 3, 5):
-        heavier = Load(*[value * factor for value in (400, 8e5, 0, 6e4)], 2000)
-        assert slo.fewest(heavier) >= fewest
-    assert slo.fewest(Load(0, 0, 0, 0, 0)) == 0
-    backlog = Load(400, 800_000, 200_000, 60_000, 2000)
-    assert slo.fewest(backlog) > fewest
-
-
-def test_latency_waits_until_it_has_seen_arrivals(make_bench):
-    bench, scaler = make_bench(1), LatencySlo(max_workers=9)
-    bench.arrive(1)
-    with pytest.raises(NoSignal):
-        scaler.wanted(bench.view)
-    for _ in range(30):
-        bench.wait(1.0)
-        bench.arrive(8, prompt_tokens=4000)
-        count = scaler.target(bench.view)
-    assert count > 3
-    assert "prompt tokens/s" in scaler.advice.explain()
-
-
-def test_holt_winters_learns_a_season():
-    series = HoltWinters(period=24)
-    day = [100 + 80 * math.sin(2 * math.pi * hour / 24) for hour in range(24)]
-    for hour in range(24 * 8):
-        series.add(day[hour % 24])
-    for ahead in (1, 6, 12, 24):
-        assert abs(series.ahead(ahead) - day[(ahead - 1) % 24]) < 5.0
-
-
-def test_forecast_asks_before_the_load_is_there(make_bench):
-    bench = make_bench(1)
-    scaler = Forecast(rate_per_worker=2.0, cold_start=60.0, max_workers=50)
-    for second in range(300):
-        bench.wait(1.0)
-        if second % 10 == 0:
-            bench.arrive(second // 20)  # grows by 0.005 requests/s each second
-        scaler.target(bench.view)
-    now, expected = 14 / 10, scaler.rate(bench.view)
-    assert expected > now + 0.5 * 60 * 0.005
-    assert scaler.advice.workers >= 1
-
-
-# Several kinds --------------------------------------------------------------
-
-
-def test_prefill_and_decode_have_their_own_counts(make_bench):
-    bench = make_bench(0)
-    one = Told(max_workers=8)
-    two = Told(max_workers=8)
-    one.wish, two.wish = 3, 6
-    bench.cluster.autoscaler = Pools(
-        pools={
-            "prefill": Pool(policy=one, role=Role.PREFILL),
-            "decode": Pool(policy=two, role=Role.DECODE),
-        },
-        budget=6,
-    )
-    first = bench.cluster.handle(e.Tick(1.0))
-    assert first == [c.Scale(1, "prefill"), c.Scale(1, "decode")]
-    second = bench.cluster.handle(e.Tick(2.0))
-    assert second == [c.Scale(2, "prefill"), c.Scale(4, "decode")]
-    assert "by budget: 9 workers shrunk to a budget of 6" in second[0].advice.explain()
-
-
-def test_the_cheapest_is_added_first_and_the_dearest_leaves_first(make_bench):
-    load = Told(max_workers=9, patience=0.0)
-    offers = (
-        Offer(machine="new", price=4.0, worth=1.0, most=2),
-        Offer(machine="old", price=1.0, worth=0.5, most=4),
-    )
-    scaler, bench = Cheapest(policy=load, offers=offers), make_bench(1)
-
-    def counts(wish):
-        load.wish = wish
-        bench.wait(1.0)
-        return {a.pool: a.workers for a in scaler.recommendations(bench.view)}
-
-    counts(1)
-    assert counts(1) == {"old": 2, "new": 0}
-    assert counts(4) == {"old": 4, "new": 2}
-    assert counts(3) == {"old": 4, "new": 1}
-    assert counts(2) == {"old": 4, "new": 0}
-    assert scaler.plan(9) == {"old": 4, "new": 2}
-    poor = Cheapest(policy=load, offers=offers, budget=6.5)
-    assert poor.plan(9) == {"old": 4, "new": 0}
-
-
-# HPA in process -------------------------------------------------------------
-
-
-def test_an_hpa_follows_the_workers_of_a_fleet(make_bench):
-    metric = Pods("vllm:num_requests_running", AverageValue(5))
-    scaler = Hpa(spec=HpaSpec(max_replicas=4, metrics=(metric,)))
-    bench = make_bench(1)
-    bench.load(20)
-    assert scaler.target(bench.view) == 4
-    for _ in range(3):
-        bench.join(State.WARMING)
-    bench.wait(15.0)
-    assert scaler.target(bench.view) == 4  # starting ones are pending, not idle
-    bench.load(0)
-    for name in bench.there:
-        bench.change(name, State.READY)
-    counts = []
-    for _ in range(30):
-        bench.wait(15.0)
-        counts.append(scaler.target(bench.view))
-    assert counts[0] == 4
-    assert counts[-1] == 1
-    assert sorted(counts, reverse=True) == counts
-
-
-def test_an_hpa_looks_only_every_so_often(make_bench):
-    metric = Pods("vllm_num_requests_running", AverageValue(5))
-    scaler = Hpa(spec=HpaSpec(max_replicas=4, metrics=(metric,)))
-    bench = make_bench(1)
-    assert scaler.target(bench.view) == 1
-    bench.load(20)
-    bench.wait(14.0)
-    assert scaler.target(bench.view) == 1
-    bench.wait(1.0)
-    assert scaler.target(bench.view) == 4
-
-
-def test_a_quantile_ignores_what_few_requests_saw(make_bench):
-    bench, inner = make_bench(1), Told()
-    scaler = Quantile(policy=inner, part=0.9, window=100.0, max_workers=99)
-
-    def see(wish, arrivals):
-        inner.wish = wish
-        bench.wait(1.0)
-        bench.arrive(arrivals)
-        return scaler.wanted(bench.view)
-
-    assert see(3, 90) == 3
-    assert see(50, 9) == 3  # 9 of 99 requests saw it
-    assert see(50, 9) == 50  # 18 of 108
-    bench.wait(99.5)
-    assert see(2, 100) == 2  # all that is long ago
-    assert see(1, 0) == 2
-
-
-def test_latency_leaves_places_in_the_batches():
-    slo = LatencySlo(ttft=60.0, itl=60.0, fill=0.5, max_workers=64)
-    assert slo.fewest(Load(80, 8000, 0, 10, 100, max_running=16)) == 10
-    assert slo.fewest(Load(80, 8000, 0, 10, 100)) == 1
-
-
-def test_old_prompts_can_be_left_out():
-    load = Load(10, 10_000, 400_000, 1000, 1000)
-    known = {"ttft": 1.0, "itl": 1.0, "max_workers": 64}
-    assert LatencySlo(**known).fewest(load) > 3
-    assert LatencySlo(**known, backlog=False).fewest(load) == 1

@@ -1,5 +1,7 @@
 """What holds for every autoscaler, whatever the load does."""
 
+import math
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from llmd.autoscaler import (
     Autoscaler,
     Consolidation,
     Count,
+    Kpa,
     Percent,
     Rules,
     TargetConcurrency,
@@ -157,6 +160,35 @@ def test_an_hour_on_the_edge_changes_at_most_once(make_bench):
         course.append(scaler.target(bench.view))
     assert (np.diff(course) != 0).sum() <= 1
     assert set(course) <= {1, 2}
+
+
+@pytest.mark.parametrize("mean", [9.0, 10.0, 11.0])
+@pytest.mark.parametrize("served", [1e-9, 10.0], ids=["at once", "10 s"])
+def test_kpa_rests_for_an_hour_on_the_edge(make_bench, mean, served):
+    """Arrivals are random, each in flight for *served* seconds on average."""
+    bench, rng = make_bench(1), np.random.default_rng(7)
+    scaler = Kpa(requests_per_worker=10, max_workers=4)
+    stays = math.exp(-1.0 / served)
+    running, course = int(rng.poisson(mean)), []
+    for _ in range(3600):
+        running = rng.binomial(running, stays) + rng.poisson(mean * (1.0 - stays))
+        bench.load(int(running))
+        bench.wait(1.0)
+        course.append(scaler.target(bench.view))
+        bench.fit(course[-1])
+    # Its first means are those of a few seconds.
+    assert (np.diff(course[int(scaler.stable) :]) != 0).sum() <= 1
+    assert set(course) <= {1, 2}
+
+
+@pytest.mark.parametrize("running", [19, 20])
+def test_kpa_panics_at_the_double_and_not_before(make_bench, running):
+    """Nineteen of ten make "two workers" only by rounding up."""
+    bench, scaler = make_bench(1), Kpa(requests_per_worker=10, max_workers=9)
+    bench.load(running)
+    scaler.target(bench.view)
+    mode = "panic" if running == 20 else "stable"
+    assert f"in {mode} mode" in scaler.advice.explain()
 
 
 @pytest.mark.parametrize("load", [0, 9, 10, 11, 19, 20, 21, 33])

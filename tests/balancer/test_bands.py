@@ -158,6 +158,15 @@ def test_nothing_streamed_is_ever_shed(shop):
     assert sim.waiting == ["chat"]
 
 
+def test_what_can_be_resumed_is_shed_after_it_streamed(shop):
+    sim = shop(bands(), places=1)
+    sim.token(sim.arrive(priority=1, sheddable=True, resumable=True, id="batch"))
+    sim.arrive(priority=0, id="chat")
+    assert sim.shed == ["batch"]
+    assert sim.drain() == ["chat", "batch"]
+    assert not sim.cluster.view.workers.loads.any()
+
+
 def test_equals_are_not_shed_nor_what_is_not_sheddable_nor_overdue(shop):
     order = bands(b.Band(), b.Band(max_wait=3.0))
     sim = shop(order, places=2)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 
 from llmd import Hasher, Prompt, Request
-from llmd.blocks import seed_of
 from llmd.errors import EmptyPrompt, InvalidRequest
+from llmd.hashing import seed_of
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 NAMES = st.sampled_from(["", "a", "b"])
@@ -30,6 +30,23 @@ def test_equal_if_and_only_if_prefix_salt_and_adapter_are(one, other, salts, lor
             one[:end] == other[:end] and salts[0] == salts[1] and loras[0] == loras[1]
         )
         assert (a == b) is same
+
+
+MEDIA = st.lists(st.tuples(st.integers(0, 39), NAMES.filter(bool)), max_size=3)
+
+
+@given(tokens=TOKENS, one=MEDIA, other=MEDIA)
+def test_equal_if_and_only_if_the_media_before_are(tokens, one, other):
+    def of(media):
+        inside = tuple(item for item in media if item[0] < len(tokens))
+        return Request(id="r", prompt=tokens, media=inside).hashes(4).tolist()
+
+    def before(media, end):
+        return sorted(item for item in media if item[0] < end)
+
+    for block, (a, b) in enumerate(zip(of(one), of(other), strict=True)):
+        end = (block + 1) * 4
+        assert (a == b) is (before(one, end) == before(other, end))
 
 
 @given(tokens=st.lists(st.integers(0, 200_000), min_size=1, max_size=300))

@@ -3,7 +3,7 @@
 import pytest
 
 import llmd
-from llmd import Tier, blocks
+from llmd import Tier, hashing
 from llmd.errors import InvalidRequest, InvalidSnapshot
 from llmd.index import dump, restore
 from llmd.index.interface import PrefixIndex
@@ -69,9 +69,9 @@ def test_an_index_of_ones_own_cannot_be_dumped():
 
 
 def test_a_key_cannot_change_under_names_that_exist():
-    hasher = blocks.process_hasher()
-    assert blocks.share_key(hasher.key) is hasher
+    hasher = hashing.process_hasher()
+    assert hashing.share_key(hasher.key) is hasher
     with pytest.raises(InvalidRequest):
-        blocks.share_key(bytes(16))
+        hashing.share_key(bytes(16))
     with pytest.raises(InvalidRequest):
-        blocks.share_key(b"short")
+        hashing.share_key(b"short")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import attrs
 import numpy as np
 import pytest
 
@@ -106,6 +107,38 @@ async def test_a_streamed_request_fails_clearly(make_engine, fault, error):
         with pytest.raises(error):
             await read()
         assert seen == [7, 7]
+        assert booked(server) == 0
+
+
+@pytest.mark.parametrize("fault", ["error", "die"])
+async def test_what_can_be_resumed_goes_on_elsewhere(make_engine, fault):
+    bad, good = make_engine(fault=fault, after=2), make_engine()
+    async with Server() as server:
+        await server.add(bad, "a")
+        await server.add(good, "b")
+        server.cluster.router = Prefer("a")
+        asked = request(max_new_tokens=9, resumable=True)
+        assert await collect(server, asked) == [7] * 9
+        (call,) = good.calls
+        assert call.request.prompt_tokens == asked.prompt_tokens + 2
+        assert call.request.max_new_tokens == 7
+        assert call.request.id == asked.id
+        assert booked(server) == 0
+
+
+async def test_what_an_engine_hides_cannot_be_resumed(make_engine):
+    class Hiding(type(make_engine())):
+        async def generate(self, call):
+            async for output in super().generate(call):
+                yield attrs.evolve(output, token_ids=(), text="word ")
+
+    async with Server() as server:
+        await server.add(Hiding(fault="die", after=2), "a")
+        await server.add(make_engine(), "b")
+        server.cluster.router = Prefer("a")
+        with pytest.raises(errors.WorkerLost):
+            await collect(server, request(max_new_tokens=9, resumable=True))
+        await asyncio.sleep(0.05)
         assert booked(server) == 0
 
 

@@ -49,6 +49,7 @@ def load():
         request = attrs.evolve(
             job.request,
             salt="x" if row % 3 else "",
+            media=((20, "a picture"),) if row % 7 == 0 else (),
             deadline=40.0 if row % 5 else float("inf"),
         )
         patience = 0.3 if row % 11 == 0 else float("inf")

@@ -4,6 +4,8 @@ In each case requests go on and the index says what is wrong in words.
 """
 
 import asyncio
+import os
+import signal
 
 import pytest
 from tests.vllm.conftest import GREEDY, OPTIONS, prompt, request
@@ -43,6 +45,20 @@ async def ask(server, worker, tokens, name):
     return asked
 
 
+async def answer(server, asked, kill_after=None):
+    """Return the tokens of an answer; kill processes after some of them."""
+    tokens = []
+    async with asyncio.timeout(60):
+        async for piece in server.generate(asked, GREEDY):
+            tokens += piece.token_ids
+            if kill_after and len(tokens) >= kill_after[0]:
+                for core in kill_after[1]:
+                    os.kill(core.pid, signal.SIGKILL)
+                kill_after = None
+    assert kill_after is None
+    return tokens
+
+
 async def told(server, asked, worker, tokens, seconds=10.0):
     """Wait until the index knows of *tokens* on *worker* by events alone."""
     exact = server.cluster.index.exact
@@ -72,10 +88,12 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         assert "under one block of 64" in diagnosis(server, prompt(40), "large")
         assert "block size differs" not in diagnosis(server, shared, "large")
 
-        # The event socket is cut: the engine computes and tells of nothing.
-        await server.engine("small")._stream.close()
+        # The event socket is cut for 5 s: the engine computes and nobody hears.
+        stream = server.engine("small")._stream
+        cut_at = server.clock()
+        stream._events.disconnect(stream._endpoint.events)
         silent = prompt(320, salt=9)
-        await ask(server, "small", silent, "silent")
+        asked = await ask(server, "small", silent, "silent")
         await asyncio.sleep(1.5)
         said = diagnosis(server, silent, "small")
         assert "told of no block since" in said
@@ -83,6 +101,17 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         held = cluster.index.match(request("q", silent), ("small",), server.clock())
         assert held[0, 0] == 320  # the guess serves meanwhile
         assert cluster.index.follows("large", server.clock()) == "exact"
+
+        # It is back: the next batch shows the gap, which the engine replays.
+        await asyncio.sleep(max(cut_at + 5.0 - server.clock(), 0.0))
+        assert await ask(server, "small", prompt(64, salt=10), "still cut")
+        stream._events.connect(stream._endpoint.events)
+        await asyncio.sleep(0.5)  # what is sent before ZMQ subscribed is missed too
+        after = await ask(server, "small", prompt(96, salt=11), "after")
+        await told(server, after, "small", 96)
+        await told(server, asked, "small", 320)
+        assert not stream.decoder.counts["lost batches"]
+        assert "holds all 10 full blocks" in diagnosis(server, silent, "small")
 
         # An engine restarts: a new worker, of which nothing is known yet.
         await server.remove("small")
@@ -94,3 +123,13 @@ async def test_the_index_names_each_cause_and_no_request_fails(model):
         asked = await ask(server, "small-2", [*shared, 9], "again")
         await told(server, asked, "small-2", 256)
         assert "holds all 8 full blocks" in diagnosis(server, shared, "small-2")
+
+        # It is killed in the middle of an answer, which another one goes on with.
+        long = {"prompt": prompt(96, salt=12), "max_new_tokens": 60}
+        cluster.router.worker = "large"
+        undisturbed = await answer(server, llmd.Request(id="whole", **long))
+        cluster.router.worker = "small-2"
+        asked = llmd.Request(id="cut", resumable=True, **long)
+        said = answer(server, asked, kill_after=(10, server.engine("small-2")._cores))
+        assert await said == undisturbed
+        assert "small-2" not in server.engines

@@ -5,12 +5,21 @@ Needs PyYAML for text; a dict that a Kubernetes client gave works without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
-from ..autoscaler.behavior import DOWN, UP, Behavior, Count, Percent, Rules, Select
+from ..autoscaler.behavior import (
+    DOWN,
+    UP,
+    Behavior,
+    Count,
+    Percent,
+    Rate,
+    Rules,
+    Select,
+)
 from ..autoscaler.hpa import (
     AverageValue,
     External,
@@ -21,12 +30,12 @@ from ..autoscaler.hpa import (
     Resource,
     Utilization,
     Value,
-    milli,
+    exact,
 )
 from ..errors import InvalidPolicy
+from ._fields import Field
 
 Json = Mapping[str, Any]
-_RULES = "stabilizationWindowSeconds policies selectPolicy tolerance"
 
 
 @attrs.frozen
@@ -89,150 +98,178 @@ def load(text: str) -> Manifest:
 def from_dict(manifest: Json) -> Manifest:
     """Return what a manifest says, filled in with the defaults of the API.
 
+    Rules: kubernetes/kubernetes pkg/apis/autoscaling/validation/validation.go
+    and v2/defaults.go.
+
     Raises:
         InvalidPolicy: It makes no sense, or is of another API than
-            autoscaling/v2 (v2beta2 reads the same).
+            autoscaling/v2 (v2beta2 reads the same).  The message begins with
+            the path of the field that is wrong.
     """
-    try:
-        return _manifest(manifest)
-    except InvalidPolicy:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InvalidPolicy(f"the manifest makes no sense: {error}") from error
-
-
-def _manifest(manifest: Json) -> Manifest:
-    version = manifest.get("apiVersion")
-    if version not in ("autoscaling/v2", "autoscaling/v2beta2"):
-        raise InvalidPolicy(f"apiVersion is {version!r}, must be autoscaling/v2")
-    spec = _need(manifest, "spec", "the manifest")
-    target = _need(spec, "scaleTargetRef", "spec")
+    top = Field(manifest, "")
+    top.need("apiVersion").one_of("autoscaling/v2", "autoscaling/v2beta2")
+    spec, metadata = top.need("spec"), top.get("metadata")
+    target = spec.need("scaleTargetRef")
+    target.only("apiVersion kind name")
+    version = target.get("apiVersion")
+    namespace = None if metadata is None else metadata.get("namespace")
     return Manifest(
         spec=_spec(spec),
-        kind=_need(target, "kind", "scaleTargetRef"),
-        target=_need(target, "name", "scaleTargetRef"),
-        api_version=target.get("apiVersion", ""),
-        namespace=(manifest.get("metadata") or {}).get("namespace", "default"),
+        kind=target.need("kind").text(),
+        target=target.need("name").text(),
+        api_version="" if version is None else version.text(),
+        namespace="default" if namespace is None else namespace.text(),
     )
 
 
-def _spec(spec: Json) -> HpaSpec:
-    _known(spec, "spec", "scaleTargetRef minReplicas maxReplicas metrics behavior")
-    low = spec.get("minReplicas")
-    # 80 % of requested CPU is the API's own default for a missing list.
-    entries = spec.get("metrics") or ()
+def _spec(spec: Field) -> HpaSpec:
+    spec.only("scaleTargetRef minReplicas maxReplicas metrics behavior")
+    least, rules = spec.get("minReplicas"), spec.get("behavior")
+    low = 1 if least is None else least.whole()
+    high, metrics = spec.need("maxReplicas").whole(), _metrics(spec)
+    behavior = None if rules is None else _behavior(rules)
+    with spec.naming():
+        return HpaSpec(
+            min_replicas=low, max_replicas=high, metrics=metrics, behavior=behavior
+        )
+
+
+# Metrics ---------------------------------------------------------------------
+
+
+def _metrics(spec: Field) -> tuple[Metric, ...]:
+    listed = spec.get("metrics")
+    entries = [] if listed is None else listed.items()
     metrics = tuple([_metric(entry) for entry in entries])
     named = [(type(m), m.name) for m in metrics if not isinstance(m, Resource)]
     if len({*named}) < len(named) and any("selector" in repr(e) for e in entries):
         # Signals have names and no labels, so they could not be told apart.
-        raise InvalidPolicy("two metrics differ in their selectors alone")
-    return HpaSpec(
-        min_replicas=1 if low is None else _whole(low, "minReplicas"),
-        max_replicas=_whole(_need(spec, "maxReplicas", "spec"), "maxReplicas"),
-        metrics=metrics or (Resource("cpu", Utilization(80)),),
-        behavior=None if spec.get("behavior") is None else _behavior(spec["behavior"]),
-    )
+        raise InvalidPolicy("spec.metrics: two differ in their selectors alone")
+    # 80 % of requested CPU is the API's own default for a missing list.
+    return metrics or (Resource("cpu", Utilization(80)),)
 
 
-def _metric(entry: Json) -> Metric:
-    kind = _need(entry, "type", "a metric")
-    field = kind[:1].lower() + kind[1:]
-    source = _need(entry, field, f"a {kind} metric")
-    target = _target(_need(source, "target", field), kind)
-    if kind in ("Resource", "ContainerResource"):
-        container = source.get("container", "") if kind == "ContainerResource" else ""
-        if not isinstance(target, Value):
-            return Resource(_need(source, "name", field), target, container)
-        raise InvalidPolicy(f"{field}.target is a Value, which no pod has its share of")
-    if isinstance(target, Utilization):
-        raise InvalidPolicy(f"{field}.target is a Utilization, of what?")
-    name = _need(_need(source, "metric", field), "name", f"{field}.metric")
-    if kind == "Pods":
-        if isinstance(target, AverageValue):
-            return Pods(name, target)
-        raise InvalidPolicy("pods.target must be an AverageValue")
-    if kind == "Object":
-        return Object(name, target)
-    if kind == "External":
-        return External(name, target)
-    raise InvalidPolicy(f"a metric's type is {kind!r}, which is none")
+def _metric(entry: Field) -> Metric:
+    kind = entry.need("type")
+    source, read = _SOURCES[kind.one_of(*_SOURCES)]
+    entry.only(" ".join(["type", *[name for name, _ in _SOURCES.values()]]))
+    for other, _ in _SOURCES.values():
+        if other != source and entry.get(other) is not None:
+            raise entry.need(other).wrong(f"must not be set where type is {kind.value}")
+    return read(entry.need(source))
 
 
-def _target(target: Json, kind: str) -> Utilization | AverageValue | Value:
-    of = target.get("type")
-    if "averageUtilization" in target and of in (None, "Utilization"):
-        percent = _whole(target["averageUtilization"], "averageUtilization")
-        return Utilization(percent)
-    if "averageValue" in target and of in (None, "AverageValue"):
-        return AverageValue(target["averageValue"])
-    if "value" in target and of in (None, "Value"):
-        return Value(target["value"])
-    raise InvalidPolicy(f"the target of a {kind} metric, {dict(target)}, has no amount")
+def _resource(source: Field) -> Metric:
+    source.only("name target")
+    name = source.need("name").text()
+    return Resource(name, _target(source, Utilization, AverageValue))
 
 
-def _behavior(behavior: Json) -> Behavior:
-    _known(behavior, "behavior", "scaleUp scaleDown")
+def _container_resource(source: Field) -> Metric:
+    source.only("name container target")
+    name, container = source.need("name").text(), source.need("container").text()
+    return Resource(name, _target(source, Utilization, AverageValue), container)
+
+
+def _pods(source: Field) -> Metric:
+    source.only("metric target")
+    return Pods(_name(source), _target(source, AverageValue))
+
+
+def _object(source: Field) -> Metric:
+    source.only("describedObject metric target")
+    described = source.need("describedObject")
+    described.only("apiVersion kind name")
+    for name in ("kind", "name"):
+        described.need(name).text()
+    return Object(_name(source), _target(source, Value, AverageValue))
+
+
+def _external(source: Field) -> Metric:
+    source.only("metric target")
+    return External(_name(source), _target(source, Value, AverageValue))
+
+
+# By type: the field that has the rest, and what reads it.
+_SOURCES: dict[str, tuple[str, Callable[[Field], Metric]]] = {
+    "Resource": ("resource", _resource),
+    "ContainerResource": ("containerResource", _container_resource),
+    "Pods": ("pods", _pods),
+    "Object": ("object", _object),
+    "External": ("external", _external),
+}
+
+
+def _name(source: Field) -> str:
+    metric = source.need("metric")
+    metric.only("name selector")
+    return metric.need("name").text()
+
+
+_AMOUNTS = {
+    "Utilization": "averageUtilization",
+    "AverageValue": "averageValue",
+    "Value": "value",
+}
+
+
+def _target(source: Field, *kinds: type[Any]) -> Any:
+    """Return the target, of one of *kinds*, with no second amount beside it."""
+    target = source.need("target")
+    target.only(" ".join(["type", *_AMOUNTS.values()]))
+    of = {kind.__name__: kind for kind in kinds}
+    kind = target.need("type").one_of(*of)
+    amount = target.need(_AMOUNTS[kind])
+    for other in _AMOUNTS.values():
+        if other != _AMOUNTS[kind] and target.get(other) is not None:
+            raise target.need(other).wrong(f"must not be set beside {_AMOUNTS[kind]}")
+    value = amount.whole() if kind == "Utilization" else amount.value
+    with amount.naming():
+        return of[kind](value)
+
+
+# Behavior --------------------------------------------------------------------
+
+
+def _behavior(behavior: Field) -> Behavior:
+    behavior.only("scaleUp scaleDown")
     return Behavior(
         up=_rules(behavior.get("scaleUp"), UP),
         down=_rules(behavior.get("scaleDown"), DOWN),
     )
 
 
-def _rules(rules: Json | None, default: Rules) -> Rules:
+def _rules(rules: Field | None, default: Rules) -> Rules:
     """Return rules filled in as the API server does."""
     if rules is None:
         return default
-    _known(rules, "rules", _RULES)
-    window = rules.get("stabilizationWindowSeconds")
-    tolerance = rules.get("tolerance")
-    rates = default.rates
-    if rules.get("policies") is not None:
-        rates = tuple([_rate(policy) for policy in rules["policies"]])
-        if not rates:
-            raise InvalidPolicy("policies is empty, must name at least one")
-    return Rules(
-        window=default.window
-        if window is None
-        else float(_whole(window, "stabilizationWindowSeconds")),
-        rates=rates,
-        select=_select(rules.get("selectPolicy") or "Max"),
-        tolerance=None if tolerance is None else milli(tolerance) / 1000,
-    )
+    rules.only("stabilizationWindowSeconds policies selectPolicy tolerance")
+    given: dict[str, Any] = {}
+    if window := rules.get("stabilizationWindowSeconds"):
+        given["window"] = float(window.whole())
+    if policies := rules.get("policies"):
+        given["rates"] = _rates(policies)
+    if select := rules.get("selectPolicy"):
+        name = select.one_of(*[known.value for known in Select])
+        given["select"] = Select(name)
+    if tolerance := rules.get("tolerance"):
+        with tolerance.naming():
+            # Not in thousandths: 500u is half of one.
+            given["tolerance"] = float(exact(tolerance.value))
+    with rules.naming():
+        return attrs.evolve(default, **given)
 
 
-def _select(name: str) -> Select:
-    try:
-        return Select(name)
-    except ValueError:
-        known = ", ".join(select.value for select in Select)
-        raise InvalidPolicy(f"selectPolicy is {name!r}, must be of {known}") from None
+def _rates(policies: Field) -> tuple[Rate, ...]:
+    rates = tuple([_rate(policy) for policy in policies.items()])
+    if not rates:
+        raise policies.wrong("must have a policy at least")
+    return rates
 
 
-def _rate(policy: Json) -> Count | Percent:
-    _known(policy, "a policy", "type value periodSeconds")
-    kind = _need(policy, "type", "a policy")
-    if kind not in ("Pods", "Percent"):
-        raise InvalidPolicy(f"a policy's type is {kind!r}, must be Pods or Percent")
-    value = _whole(_need(policy, "value", "a policy"), "value")
-    period = _whole(_need(policy, "periodSeconds", "a policy"), "periodSeconds")
-    return (Count if kind == "Pods" else Percent)(value, float(period))
-
-
-def _known(mapping: Any, where: str, fields: str) -> None:
-    """Refuse what nobody reads: most often it is a slip of the pen."""
-    if not isinstance(mapping, Mapping):
-        raise InvalidPolicy(f"{where} is {mapping!r}, must be an object")
-    if unknown := sorted(map(str, mapping.keys() - {*fields.split()})):
-        raise InvalidPolicy(f"{where} has unknown fields: {', '.join(unknown)}")
-
-
-def _need(mapping: Any, key: str, where: str) -> Any:
-    if not isinstance(mapping, Mapping) or mapping.get(key) is None:
-        raise InvalidPolicy(f"{where} has no {key}")
-    return mapping[key]
-
-
-def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidPolicy(f"{name} is {value!r}, must be a whole number")
-    return value
+def _rate(policy: Field) -> Rate:
+    policy.only("type value periodSeconds")
+    kind = Count if policy.need("type").one_of("Pods", "Percent") == "Pods" else Percent
+    value, period = policy.need("value").whole(), policy.need("periodSeconds").whole()
+    with policy.naming():
+        return kind(value, float(period))

@@ -25,6 +25,7 @@ import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from .. import commands as c
+from ..errors import shortened, shown
 
 SERVICE = "externalscaler.ExternalScaler"
 METRIC = "llmd-workers"
@@ -170,7 +171,11 @@ class KedaScaler:
         return MESSAGES["GetMetricSpecResponse"](metricSpecs=[spec])
 
     async def get_metrics(self, request: Any, context: Any) -> Any:
-        """Say how many workers are wanted."""
+        """Say how many workers are wanted; KEDA asks for what the spec named."""
+        if request.metricName != METRIC:
+            asked = shown(request.metricName)
+            code = grpc.StatusCode.NOT_FOUND
+            await context.abort(code, f"no metric {asked}; known: {METRIC!r}")
         count = await self._count(request.scaledObjectRef, context)
         value = MESSAGES["MetricValue"](
             metricName=METRIC, metricValue=count, metricValueFloat=float(count)
@@ -181,9 +186,10 @@ class KedaScaler:
         pool = target.scalerMetadata.get("pool", "")
         if pool not in self.counts:
             # KEDA holds the count on an error; a zero would let the fleet go.
-            known = ", ".join(map(repr, sorted(self.counts))) or "none yet"
+            known = shortened(", ".join(map(repr, sorted(self.counts))), 500)
             code = grpc.StatusCode.UNAVAILABLE
-            await context.abort(code, f"no count for pool {pool!r}; known: {known}")
+            said = f"no count for pool {shown(pool)}; known: {known or 'none yet'}"
+            await context.abort(code, said)
         return self.counts[pool]
 
     async def _tell(self) -> None:

@@ -1,7 +1,7 @@
 """Scale a Deployment or LeaderWorkerSet: patch its scale subresource.
 
 Needs the extra `kubernetes`.  The official client is synchronous, so calls run
-in a thread, and one is made only when the count changes.
+in a thread: one when a count changes, and one every `look` seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import attrs
 from kubernetes import client as k8s
 
 from .. import commands as c
-from ..errors import EngineError, InvalidPolicy
+from ..errors import EngineError, InvalidPolicy, UnknownPool, shortened, shown
 
 _log = logging.getLogger("llmd.kubernetes")
 
@@ -67,6 +68,17 @@ class Target:
         return _PLURALS[self.kind]
 
 
+def _seconds(_: object, attribute: Any, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise InvalidPolicy(f"{attribute.name} is {shown(value)}, must be seconds")
+
+
+def _count(replicas: int) -> int:
+    if type(replicas) is not int or replicas < 0:
+        raise InvalidPolicy(f"{shown(replicas)} replicas cannot be asked for")
+    return replicas
+
+
 @attrs.define(eq=False)
 class KubernetesScaler:
     """Obeys the autoscaler of a server's cluster by patching scales.
@@ -77,7 +89,10 @@ class KubernetesScaler:
                 ...
 
     Only the newest count of each target is sent, and one that fails is sent
-    again after a pause.  No HPA may manage the same target.
+    again after a pause; on leaving, what is still to be sent is.  Every now and
+    then it looks whether the counts are still there: one that somebody else
+    changed, with `kubectl scale` say, is put back or adopted, and a warning is
+    logged.  No HPA may manage the same target: the two would undo each other.
 
     Attributes:
         targets: By the autoscaler's name for the pool; empty without pools.
@@ -86,21 +101,38 @@ class KubernetesScaler:
         pause: Seconds before a failed call is tried again.
         settle: Seconds from the start in which nothing is made smaller: workers
             that ran before this process did have to join it first.
+        look: Seconds between two looks at the counts; inf: never.
+        adopt: Whether a count that somebody else set stays until the
+            autoscaler wants another one; else it is put back.
+        grace: Seconds that leaving may take to send what is still to be sent.
         failures: Calls that failed.
+        drifts: Counts that somebody else changed.
+
+    Raises:
+        InvalidPolicy: A number of seconds is negative or no number.
     """
 
     targets: Mapping[str, Target]
     api: Any = attrs.field(factory=k8s.ApiClient)
-    timeout: float = 10.0
-    pause: float = 5.0
-    settle: float = 300.0
+    timeout: float = attrs.field(default=10.0, validator=_seconds)
+    pause: float = attrs.field(default=5.0, validator=_seconds)
+    settle: float = attrs.field(default=300.0, validator=_seconds)
+    look: float = attrs.field(default=30.0, validator=_seconds)
+    adopt: bool = False
+    grace: float = attrs.field(default=5.0, validator=_seconds)
     failures: int = attrs.field(default=0, init=False)
+    drifts: int = attrs.field(default=0, init=False)
     _wanted: dict[str, int] = attrs.field(factory=dict, init=False)
+    _due: dict[str, None] = attrs.field(factory=dict, init=False)
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
-    _sender: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _keeper: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _settled_at: float = attrs.field(default=math.inf, init=False)
+    _leaving: bool = attrs.field(default=False, init=False)
 
     @classmethod
-    def from_environment(cls, targets: Mapping[str, Target]) -> KubernetesScaler:
+    def from_environment(
+        cls, targets: Mapping[str, Target], **settings: Any
+    ) -> KubernetesScaler:
         """Find the cluster: the pod's own, else the current kubeconfig."""
         from kubernetes import config
 
@@ -108,70 +140,139 @@ class KubernetesScaler:
             config.load_incluster_config()
         except config.ConfigException:
             config.load_kube_config()
-        return cls(targets)
+        return cls(targets, **settings)
 
     def obey(self, scale: c.Scale) -> None:
-        """Send the count of a pool, in the background."""
+        """Send the count of a pool, in the background; others' are left alone.
+
+        Raises:
+            InvalidPolicy: It is negative, or no whole number.
+        """
         if scale.pool in self.targets:
-            self._wanted[scale.pool] = scale.workers
-            self._changed.set()
+            self._wanted[scale.pool] = _count(scale.workers)
+            self._owe(scale.pool)
 
     def replicas(self, pool: str = "") -> int:
         """Return how many are asked for now; blocks.
 
         Raises:
+            UnknownPool: It has no target.
             EngineError: The API server refused, or did not answer.
         """
-        scale = self._call("get", self.targets[pool])
-        return int(scale.get("spec", {}).get("replicas", 0))
+        return self._call("get", self._target(pool))
 
     def set_replicas(self, replicas: int, pool: str = "") -> int:
         """Ask for *replicas* and return what the API server made of it; blocks.
 
         Raises:
+            InvalidPolicy: The count is negative, or no whole number.
+            UnknownPool: It has no target.
             EngineError: The API server refused, or did not answer.
         """
-        body = {"spec": {"replicas": replicas}}
-        scale = self._call("patch", self.targets[pool], body=body)
-        return int(scale.get("spec", {}).get("replicas", 0))
+        body = {"spec": {"replicas": _count(replicas)}}
+        return self._call("patch", self._target(pool), body=body)
 
     async def __aenter__(self) -> KubernetesScaler:
-        self._sender = asyncio.create_task(self._send())
+        self._leaving = False
+        self._settled_at = asyncio.get_running_loop().time() + self.settle
+        self._keeper = asyncio.create_task(self._keep())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        if self._keeper is None:
+            return
+        self._leaving = True
+        self._changed.set()
+        # A call that is under way ends first: cut off, it might come last.
+        await asyncio.wait([self._keeper], timeout=self.grace)
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        for pool in self._due:
+            _log.warning("pool %r: %d were not asked for", pool, self._wanted[pool])
+
+    # Inside --------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Send what is due, and look at what was sent."""
+        now = asyncio.get_running_loop().time
+        look_at = now() + self.look
+        while True:
+            self._changed.clear()
+            await self._send()
+            if self._leaving and not self._due:
+                return
+            if not self._leaving and now() >= look_at:
+                await self._look()
+                look_at = now() + self.look
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._patience(look_at - now())):
+                    # A new count ends the pause: it replaces what has to wait.
+                    await self._changed.wait()
+
+    def _patience(self, look_in: float) -> float:
+        if self._leaving:
+            return min(self.pause, self.grace / 10)
+        return max(min(self.pause, look_in) if self._due else look_in, 0.0)
 
     async def _send(self) -> None:
-        loop = asyncio.get_running_loop()
-        settled = loop.time() + self.settle
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            wanted, self._wanted = self._wanted, {}
-            settling = loop.time() < settled
-            for pool, replicas in wanted.items():
-                try:
-                    if settling and replicas < await asyncio.to_thread(
-                        self.replicas, pool
-                    ):
-                        self._wanted.setdefault(pool, replicas)
-                        continue
-                    await asyncio.to_thread(self.set_replicas, replicas, pool)
-                except EngineError as error:
-                    self.failures += 1
-                    _log.warning("pool %r was not scaled: %s", pool, error)
-                    self._wanted.setdefault(pool, replicas)
-            if self._wanted:
-                # A new count may end the pause: it replaces what has to wait.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.pause):
-                        await self._changed.wait()
-                self._changed.set()
+        """Send each count that is due; what fails, or has to wait, stays so."""
+        for pool in [*self._due]:
+            count = self._wanted[pool]
+            try:
+                if await self._too_early(pool, count):
+                    continue
+                await asyncio.to_thread(self.set_replicas, count, pool)
+            except EngineError as error:
+                self._fail(pool, error)
+                continue
+            if self._wanted[pool] == count:
+                self._due.pop(pool, None)
 
-    def _call(self, verb: str, target: Target, **body: Any) -> Mapping[str, Any]:
+    async def _too_early(self, pool: str, count: int) -> bool:
+        """Say whether *count* would make smaller what has not settled yet."""
+        if asyncio.get_running_loop().time() >= self._settled_at:
+            return False
+        if count >= await asyncio.to_thread(self.replicas, pool):
+            return False
+        if self._leaving:
+            self._due.pop(pool, None)
+        return True
+
+    async def _look(self) -> None:
+        """See whether somebody else changed a count."""
+        for pool, count in [*self._wanted.items()]:
+            if pool in self._due:
+                continue
+            try:
+                found = await asyncio.to_thread(self.replicas, pool)
+            except EngineError as error:
+                self._fail(pool, error)
+                continue
+            if found == count or pool in self._due:
+                continue
+            self.drifts += 1
+            done = "adopted" if self.adopt else f"put back to {count}"
+            _log.warning("pool %r: somebody asked for %d, %s", pool, found, done)
+            if self.adopt:
+                self._wanted[pool] = found
+            else:
+                self._owe(pool)
+
+    def _owe(self, pool: str) -> None:
+        self._due[pool] = None
+        self._changed.set()
+
+    def _fail(self, pool: str, error: EngineError) -> None:
+        self.failures += 1
+        _log.warning("pool %r was not reached: %s", pool, error)
+
+    def _target(self, pool: str) -> Target:
+        if pool not in self.targets:
+            known = shortened(", ".join(map(repr, self.targets)), 500)
+            raise UnknownPool(f"no target for pool {shown(pool)}; known: {known}")
+        return self.targets[pool]
+
+    def _call(self, verb: str, target: Target, **body: Any) -> int:
         group, version, plural = target.path
         api = k8s.CustomObjectsApi(self.api)
         call = getattr(api, f"{verb}_namespaced_custom_object_scale")
@@ -190,6 +291,9 @@ class KubernetesScaler:
             what = f"{status} {error.reason}" if status else repr(error)  # type: ignore[attr-defined]
             where = f"{target.kind} {target.namespace}/{target.name}"
             raise EngineError(f"{verb} scale of {where}: {what}") from error
-        if not isinstance(answer, Mapping):
-            raise EngineError(f"{verb} scale of {target.name!r}: {answer!r}")
-        return answer
+        try:
+            # A zero is left out of an answer.
+            return int(answer["spec"].get("replicas", 0))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            where = f"{verb} scale of {target.name!r}"
+            raise EngineError(f"{where}: {shown(answer)} has no count") from error

@@ -1,4 +1,5 @@
 from .behavior import Behavior, Count, Percent, Rules, Select
+from .cheapest import Cheapest, Offer
 from .followers import (
     Consolidation,
     Crowded,
@@ -13,7 +14,7 @@ from .followers import (
 from .forecast import Forecast, HoltWinters
 from .interface import Autoscaler
 from .kpa import Kpa
-from .pools import Cheapest, Offer, Pool, Pools
+from .pools import Pool, Pools
 from .quantile import Quantile
 from .slo import LatencySlo, Load
 from .tokens import TokenSupply

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
-from ..errors import InvalidPolicy, NoSignal
+from ..errors import InvalidPolicy, NoSignal, PolicyError, shown
 from ..recommendation import Proposal
 from ..timeslice import Infeasible
 from ..view import View
 from .interface import Autoscaler
 
 
-def _positive(instance: object, attribute: object, value: float) -> None:
-    if not value > 0:
-        raise InvalidPolicy(f"{instance!r}: a target of {value} cannot be met")
+def _positive(instance: object, attribute: Any, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+        where = f"{type(instance).__name__}.{attribute.name}"
+        raise InvalidPolicy(f"{where} is {shown(value)}, must be a number over 0")
 
 
 @attrs.define(kw_only=True)
@@ -196,7 +199,8 @@ class Largest(Autoscaler):
     """Follows whichever of several policies wants the most.
 
     Only their wishes count, not their bounds.  If one of them cannot tell,
-    the count may grow and not shrink, as in an HPA with several metrics.
+    the count may grow and not shrink, as in an HPA with several metrics; one
+    that wants a NaN or an infinity cannot tell, and the advice says so.
 
     Attributes:
         policies: To ask.
@@ -215,13 +219,27 @@ class Largest(Autoscaler):
             raise InvalidPolicy("the largest of nothing")
 
     def proposals(self, view: View) -> tuple[Proposal, ...]:
-        return tuple([p for policy in self.policies for p in policy.proposals(view)])
+        return tuple([p for policy in self.policies for p in _told(policy, view)])
 
     def wanted(self, view: View) -> float:
         told = [p.workers for p in self.proposals(view) if p.valid]
         if not told:
             raise NoSignal("none of the policies can tell")
         return max(told)
+
+
+def _told(policy: Autoscaler, view: View) -> list[Proposal]:
+    """Return what *policy* proposes; what is no count cannot be told."""
+    try:
+        proposals = policy.proposals(view)
+    except PolicyError as error:
+        return [Proposal(type(policy).__name__, math.nan, str(error))]
+    return [
+        attrs.evolve(p, workers=math.nan, note=f"it wants {p.workers} workers")
+        if math.isinf(p.workers)
+        else p
+        for p in proposals
+    ]
 
 
 @attrs.define(kw_only=True)

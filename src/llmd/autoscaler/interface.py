@@ -100,6 +100,9 @@ class Autoscaler(Copied, abc.ABC):
             PolicyError: `wanted` gave a NaN or an infinity.
         """
         proposals = self.proposals(view)
+        for proposal in proposals:
+            if math.isinf(proposal.workers):
+                self._checked(proposal.workers)
         current = self._current(view)
         steps = self._settle(view.now, current, proposals)
         workers = steps[-1].after if steps else _wish(proposals)
@@ -123,7 +126,7 @@ class Autoscaler(Copied, abc.ABC):
 
     def _checked(self, wanted: float) -> float:
         if not math.isfinite(wanted):
-            raise PolicyError(f"{self!r} wants {wanted} workers")
+            raise PolicyError(f"{type(self).__name__} wants {wanted} workers")
         return float(wanted)
 
     def _current(self, view: View) -> int:

@@ -17,8 +17,18 @@ from .window import Mean
 class Kpa(Autoscaler):
     """Follows the mean concurrency, and in a burst the last seconds of it.
 
-    Rules: knative/serving pkg/autoscaler/scaling/autoscaler.go.  The stable
-    window is its patience, so `patience` is 0 unless set.
+    Rules: knative/serving pkg/autoscaler/scaling/autoscaler.go, calmed in three
+    ways, since with Knative's defaults a steady load near the target of one
+    worker moves the count a hundred times an hour:
+
+    - Knative rounds the fast mean up to whole workers before it compares, so
+      with one worker 1.01 of its target is "200 %" already, and a panic of 60
+      seconds.  Here it is compared as it is.
+    - `patience` is Knative's scale-down-delay: 0 there, a quarter of an hour
+      here, its documentation's example.
+    - `tolerance` is a tenth, as an HPA's; Knative has none.
+
+    With `patience=0.0, tolerance=0.0` it moves as freely as Knative does.
 
     Attributes:
         requests_per_worker: Running and waiting together.
@@ -36,7 +46,8 @@ class Kpa(Autoscaler):
     stable: float = attrs.field(default=60.0, validator=_positive)
     panic: float = attrs.field(default=6.0, validator=_positive)
     threshold: float = attrs.field(default=2.0, validator=_positive)
-    patience: float = 0.0
+    patience: float = 900.0
+    tolerance: float = 0.1
     _seen: Mean = attrs.field(init=False)
     _panicked_at: float = attrs.field(default=-math.inf, init=False)
     _most: float = attrs.field(default=0.0, init=False)
@@ -56,7 +67,7 @@ class Kpa(Autoscaler):
         stable = self._seen.over(view.now, self.stable) / self.requests_per_worker
         burst = self._seen.over(view.now, self.panic) / self.requests_per_worker
         ready = int(view.workers.ready().sum())
-        if math.ceil(burst) >= self.threshold * max(ready, 1):
+        if burst >= self.threshold * max(ready, 1):
             self._panicked_at = view.now
         if not self._panicking(view.now):
             self._most = 0.0

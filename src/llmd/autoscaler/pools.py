@@ -1,18 +1,16 @@
-"""Counts of several kinds of workers: roles, and machines of several prices."""
+"""Counts of several kinds of workers, within one budget."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
 
-from ..errors import InvalidPolicy
+from ..errors import InvalidPolicy, shown
 from ..recommendation import Recommendation, Step
 from ..types import Role, Worker
 from ..view import View
-from .followers import _positive
 from .interface import Autoscaler
 
 
@@ -44,9 +42,15 @@ class Pools(Autoscaler):
     Too large a sum shrinks all pools in proportion, so that the ratio of
     prefill to decode workers stays what their policies found it should be.
 
+    The bounds and windows are those of the pools' own policies.
+
     Attributes:
         pools: By name.
         budget: Workers in all; None: what each may have.
+
+    Raises:
+        InvalidPolicy: There is no pool, or the budget is no whole number or
+            under what the pools need at least.
 
     >>> from llmd.autoscaler import TargetConcurrency
     >>> one = TargetConcurrency(requests_per_worker=8, max_workers=6)
@@ -59,9 +63,14 @@ class Pools(Autoscaler):
 
     pools: Mapping[str, Pool]
     budget: int | None = None
+    _counts: dict[str, int] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
+        if not self.pools:
+            raise InvalidPolicy("there are no pools")
+        if self.budget is not None and type(self.budget) is not int:
+            raise InvalidPolicy(f"budget is {shown(self.budget)}, must be workers")
         least = sum([pool.policy.min_workers for pool in self.pools.values()])
         if self.budget is not None and least > self.budget:
             raise InvalidPolicy(
@@ -69,15 +78,27 @@ class Pools(Autoscaler):
             )
 
     def wanted(self, view: View) -> float:
-        return float(sum([a.workers for a in self.recommendations(view)]))
+        return float(self.recommend(view).workers)
+
+    def recommend(self, view: View) -> Recommendation:
+        parts = self._within_budget(self._advised(view))
+        self._counts = {part.pool: part.workers for part in parts}
+        self.advice = Recommendation.together(view.now, parts)
+        return self.advice
 
     def recommendations(self, view: View) -> Sequence[Recommendation]:
+        return self.recommend(view).parts
+
+    def _advised(self, view: View) -> dict[str, Recommendation]:
+        """Return what each pool's policy says of its own workers."""
         advised = {}
         for name, pool in self.pools.items():
             members = [pool.has(worker) for worker in view.workers.facts]
-            seen = view.only(np.array(members, dtype=np.bool_))
-            advised[name] = attrs.evolve(pool.policy.recommend(seen), pool=name)
-        return self._within_budget(advised)
+            advice = pool.policy.recommend(view.only(np.array(members, dtype=np.bool_)))
+            # What a policy asked for before, the budget may have cut.
+            current = self._counts.get(name, advice.current)
+            advised[name] = attrs.evolve(advice, pool=name, current=current)
+        return advised
 
     def _within_budget(
         self, advised: dict[str, Recommendation]
@@ -123,72 +144,3 @@ def share(
         under = [name for name in wishes if counts[name] < wishes[name]]
         counts[max(under, key=lambda name: (exact[name] - counts[name], name))] += 1
     return counts
-
-
-@attrs.frozen(kw_only=True)
-class Offer:
-    """A kind of machine that can be had.
-
-    Attributes:
-        machine: Its name, the pool's and its workers'.
-        price: Of one for an hour, in any currency.
-        worth: Workers of the reference kind that it stands for.
-        most: Of them that can be had.
-    """
-
-    machine: str
-    price: float = attrs.field(validator=_positive)
-    worth: float = attrs.field(default=1.0, validator=_positive)
-    most: int = 1 << 20
-
-
-@attrs.define(kw_only=True)
-class Cheapest(Autoscaler):
-    """Meets a wish with the cheapest machines, within a budget of money.
-
-    The policy counts in reference workers.  Machines that are the cheapest for
-    what they are worth are added first, the dearest removed first.
-
-    Attributes:
-        policy: Whose recommendation, windows and all, is met.
-        offers: What can be had.
-        budget: Most money an hour; inf: any.
-
-    >>> from llmd.autoscaler import TargetConcurrency
-    >>> load = TargetConcurrency(requests_per_worker=8, max_workers=6)
-    >>> old = Offer(machine="a100", price=2.0, worth=0.5, most=4)
-    >>> new = Offer(machine="h200", price=3.5)
-    >>> Cheapest(policy=load, offers=(old, new)).plan(2.5)
-    {'h200': 3, 'a100': 0}
-    """
-
-    policy: Autoscaler
-    offers: tuple[Offer, ...]
-    budget: float = math.inf
-
-    def wanted(self, view: View) -> float:
-        return float(self.policy.recommend(view).workers)
-
-    def recommendations(self, view: View) -> Sequence[Recommendation]:
-        advice = self.policy.recommend(view)
-        plan = self.plan(float(advice.workers))
-        return tuple([self._of(advice, name, count) for name, count in plan.items()])
-
-    def plan(self, workers: float) -> dict[str, int]:
-        """Return how many machines of each kind stand for *workers*."""
-        short, money, counts = workers, self.budget, {}
-        for offer in sorted(self.offers, key=lambda o: (o.price / o.worth, o.machine)):
-            need = min(max(math.ceil(short / offer.worth), 0), offer.most)
-            if money < math.inf:
-                need = min(need, int(money / offer.price))
-            counts[offer.machine] = need
-            short -= need * offer.worth
-            money -= need * offer.price
-        return counts
-
-    def _of(self, advice: Recommendation, machine: str, count: int) -> Recommendation:
-        reason = f"the cheapest {advice.workers} workers' worth of machines"
-        step = Step("price", advice.workers, count, reason)
-        return attrs.evolve(
-            advice, workers=count, pool=machine, steps=(*advice.steps, step)
-        )

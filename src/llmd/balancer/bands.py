@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from ..booking import Booking
-from ..errors import PolicyError
+from ..errors import PolicyError, shown
 from ..types import Request, RequestId
 from ..view import Mask, View
 from .interface import Place, QueueBalancer
@@ -53,7 +53,7 @@ class Band:
 
     def __attrs_post_init__(self) -> None:
         if not 0 < self.ceiling <= 1:
-            raise PolicyError(f"the ceiling of {self!r} must be in (0, 1]")
+            raise PolicyError(f"a ceiling is {shown(self.ceiling)}, must be in (0, 1]")
 
     def check(self, request: Request) -> Check | None:
         """Return why there is no place for another request, if there is none."""

@@ -104,7 +104,10 @@ class RateLimit(Gate):
 
     def __attrs_post_init__(self) -> None:
         if self.requests_per_min * self.burst_s < 60.0:
-            raise PolicyError(f"{self!r} never holds a whole request")
+            raise PolicyError(
+                f"{type(self).__name__} never holds a whole request:"
+                f" {self.requests_per_min} requests/min for {self.burst_s} s"
+            )
 
     def check(self, request: Request, share: float, view: View) -> Check:
         tenant = self.tenant(request)

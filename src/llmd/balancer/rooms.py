@@ -127,10 +127,12 @@ class AimdRoom(Room):
 
     def __attrs_post_init__(self) -> None:
         if not 1 <= self.lowest <= self.start <= self.highest:
-            raise PolicyError(f"{self!r}: 1 <= lowest <= start <= highest must hold")
+            limits = f"{self.lowest}, {self.start}, {self.highest}"
+            raise PolicyError(f"1 <= lowest <= start <= highest: they are {limits}")
         if not 0 < self.decrease < 1 or not self.increase > 0:
             raise PolicyError(
-                f"{self!r}: decrease in (0, 1) and increase > 0 must hold"
+                f"decrease is {self.decrease}, must be in (0, 1);"
+                f" increase is {self.increase}, must be over 0"
             )
 
     def limit(self, worker: WorkerId) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from ..blocks import Hashes
+from ..hashing import Hashes
 from ..types import Request, RequestId, Tier, Worker, WorkerId
 from ..view import Ints, Mask
 from .exact import ExactIndex

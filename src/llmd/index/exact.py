@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 import numpy as np
 
-from ..blocks import Hashes
+from ..hashing import Hashes
 from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
 from . import windows
@@ -15,7 +15,7 @@ from .heard import Heard, ago, of_the_worker
 from .holders import Holders, LoggedHolders
 from .hopes import Hopes
 from .interface import PrefixIndex
-from .seats import Rows, Seats, columns
+from .seats import Rows, Seats
 
 
 @attrs.define(eq=False)
@@ -68,26 +68,26 @@ class ExactIndex(PrefixIndex):
         # Others' calls end hopes; an arrival pays only for what they left over.
         self._hopes.expire(at - self.grace)
         rows = self._seats.rows(workers)
-        sizes = [*self._sizes.items()]
-        if not sizes:
-            return columns(np.zeros(len(workers), dtype=np.int64))
-        held = self._match(request, rows, *sizes[0])
-        for block_tokens, bits in sizes[1:]:
-            held = held + self._match(request, rows, block_tokens, bits)
-        return self._windowed(request, rows, held) if self._windows else held
+        held = rows.nothing()
+        for block_tokens, bits in self._sizes.items():
+            self._match(request, rows, block_tokens, bits, held)
+        if self._windows:
+            self._windowed(request, rows, held)
+        return held
 
     def store(
         self, worker: WorkerId, hashes: Hashes, block_tokens: int, tier: Tier, at: float
     ) -> None:
         bit = self._seats.bit(worker) or self._seats.take(worker, self._busy())
+        told = self._heard.of(worker)
+        told.last = at
         if self._block_tokens.get(worker) != block_tokens:
             self._resize(worker, bit, block_tokens)
-        told = self._heard.of(worker)
-        told.last, told.block_tokens = at, block_tokens
+        told.block_tokens = block_tokens
         if tier is not Tier.GPU:
             self._tiered = True
         store = self._tiers[tier]
-        store.add(bit, hashes.tolist())
+        store.add(bit, hashes)
         if len(store) > self.max_blocks:
             store.trim(self.max_blocks - self.max_blocks // 8)
 
@@ -180,39 +180,29 @@ class ExactIndex(PrefixIndex):
             union |= bits
         assert all(bit & self._seats.all for bit in self._windows), "a stranger"
 
-    def _match(self, request: Request, rows: Rows, tokens: int, bits: int) -> Ints:
+    def _match(
+        self, request: Request, rows: Rows, tokens: int, bits: int, held: Ints
+    ) -> None:
         """Match the workers *bits*, whose blocks have *tokens* tokens."""
-        hashes = request.hashes(tokens)
-        fast = self._tiers[Tier.GPU]
-        closed = bits & ~sum(self._windows) if self._windows else bits
-        depths = rows.depths(fast.depths(hashes, closed), tokens)
-        if len(self._hopes.holders):
-            hoped = self._hopes.depths(hashes, tokens, bits)
-            if hoped:
-                np.maximum(depths, rows.depths(hoped, 1), out=depths)
-        held = columns(depths)
-        return (
-            self._slower(hashes, rows, tokens, closed, held) if self._tiered else held
-        )
-
-    def _slower(
-        self, hashes: Hashes, rows: Rows, tokens: int, bits: int, held: Ints
-    ) -> Ints:
-        """Return *held* with what lies in slower tiers."""
-        held = held.copy()
+        names = request.hashes(tokens)
         fast, *slower = self._tiers
-        stores: tuple[Holders, ...] = ()
-        for tier, store in enumerate(slower, start=1):
-            if len(store):
-                stores = (*stores, store)
-                found = fast.depths(hashes, bits, stores)
-                deeper = rows.depths(found, tokens)[:, None]
-                np.maximum(held[:, tier:], deeper, out=held[:, tier:])
-        return held
+        closed = bits & ~sum(self._windows) if self._windows else bits
+        fast.reach(names, closed, rows, held, tokens)
+        if len(self._hopes.holders):
+            self._hopes.reach(names, tokens, bits, rows, held)
+        if self._tiered:
+            with_fast: tuple[Holders, ...] = ()
+            for tier, store in enumerate(slower, start=1):
+                if len(store):
+                    with_fast = (*with_fast, store)
+                    fast.reach(
+                        *(names, closed, rows, held, tokens),
+                        tier=tier,
+                        others=with_fast,
+                    )
 
-    def _windowed(self, request: Request, rows: Rows, held: Ints) -> Ints:
-        """Return *held* with the workers of sliding windows counted as theirs are."""
-        held = held.copy()
+    def _windowed(self, request: Request, rows: Rows, held: Ints) -> None:
+        """Raise the workers of sliding windows to what theirs may skip."""
         fast = self._tiers[Tier.GPU]
         for worker, tokens in self._block_tokens.items():
             bit = self._seats.bit(worker)
@@ -222,7 +212,6 @@ class ExactIndex(PrefixIndex):
                 names = request.hashes(tokens)
                 depth = windows.depth(fast.find, names, bit, reach)
                 held[row] = np.maximum(held[row], depth * tokens)
-        return held
 
     def _of_the_prompt(
         self, request: Request, worker: WorkerId, bit: int, held: int, at: float

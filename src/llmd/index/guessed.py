@@ -6,13 +6,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import attrs
-import numpy as np
 
 from ..types import Request, Worker, WorkerId
 from ..view import Ints
-from .holders import Holders
+from .holders import Holders, check
 from .interface import PrefixIndex
-from .seats import Seats, columns
+from .seats import Seats
 
 
 @attrs.define(eq=False)
@@ -122,12 +121,11 @@ class GuessedIndex(PrefixIndex):
 
     def match(self, request: Request, workers: Sequence[WorkerId], at: float) -> Ints:
         rows = self._seats.rows(workers)
-        depths: Ints = np.zeros(len(workers), dtype=np.int64)
+        held = rows.nothing()
         for (block_tokens, stride), bits in self._sizes.items():
             hashes = request.hashes(block_tokens)[stride - 1 :: stride]
-            found = self._holders.depths(hashes, bits)
-            depths += rows.depths(found, block_tokens * stride)
-        return columns(depths)
+            self._holders.reach(hashes, bits, rows, held, block_tokens * stride)
+        return held
 
     def expect(self, worker: WorkerId, request: Request, at: float) -> None:
         cache = self._caches.get(worker)
@@ -196,7 +194,7 @@ class GuessedIndex(PrefixIndex):
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
-        self._holders.check(self._seats.all)
+        check(self._holders, self._seats.all)
         for cache in self._caches.values():
             assert len(cache.last) <= cache.capacity_blocks, "over capacity"
             logged = sum(len(sent.names) for sent in cache.log)

@@ -12,20 +12,26 @@ import itertools
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import numpy as np
 
-from ..blocks import Hashes
+from ..hashing import Hashes
+from ..native import loops
+from ..view import Ints
+from .seats import Rows
 
 _SWEEP = 4
 _ENDS_KEPT = 1 << 10
 _INTERNED = 1 << 14
 _LOG_SPARE = 1 << 12
+_ALL = 1 << 40
 
 
 @attrs.define(eq=False)
-class Holders:
-    """Sets of workers, as bit masks, by prefix name.
+class PlainHolders:
+    """Sets of workers, as bit masks, by prefix name: what is meant, in Python.
 
     Memory: about 90 bytes a name held (dict slot, key and, for uncommon sets of
     workers, the mask), whatever the number of holders.
@@ -39,17 +45,15 @@ class Holders:
     def __len__(self) -> int:
         return len(self._masks)
 
-    def add(self, bit: int, names: Sequence[int]) -> Sequence[int]:
-        """Let the worker *bit* hold *names*, O(names); return what is new to it.
+    def add(self, bit: int, names: Sequence[int] | Hashes) -> bytes:
+        """Let the worker *bit* hold *names*, O(names).
 
-        Names that nobody holds yet go in at the speed of C.
+        Returns:
+            What is new to it, 8 bytes a name.
         """
-        masks = self._masks
-        if names and names[0] not in masks and masks.keys().isdisjoint(names):
-            masks.update(dict.fromkeys(names, bit))
-            return names
-        shared, new = self._shared, []
-        for name in names:
+        masks, shared = self._masks, self._shared
+        new = array("Q")
+        for name in names.tolist() if isinstance(names, np.ndarray) else names:
             old = masks.get(name)
             if old is None:
                 masks[name] = bit
@@ -60,13 +64,13 @@ class Holders:
                 new.append(name)
         if len(shared) > _INTERNED:
             shared.clear()
-        return new
+        return new.tobytes()
 
-    def discard(self, bit: int, names: Iterable[int]) -> None:
+    def discard(self, bit: int, names: Iterable[int] | Hashes) -> None:
         """Let *bit* hold *names* no more; unknown names are ignored."""
         masks = self._masks
         keep = ~bit
-        for name in names:
+        for name in names.tolist() if isinstance(names, np.ndarray) else names:
             old = masks.get(name)
             if old is None:
                 continue
@@ -80,7 +84,7 @@ class Holders:
         return self._masks.get(name, default)
 
     def depths(
-        self, names: Hashes, alive: int, others: tuple[Holders, ...] = ()
+        self, names: Hashes, alive: int, others: tuple[PlainHolders, ...] = ()
     ) -> list[tuple[int, int]]:
         """Group the workers of *alive* by how many leading *names* they hold.
 
@@ -135,19 +139,48 @@ class Holders:
             ends.clear()
         return found
 
+    def reach(
+        self,
+        names: Hashes,
+        alive: int,
+        rows: Rows,
+        held: Ints,
+        worth: int,
+        *,
+        fine: int = _ALL,
+        tier: int = 0,
+        others: tuple[Any, ...] = (),
+    ) -> None:
+        """Raise in *held* what workers hold to what is found here.
+
+        Args:
+            names: Shape (n,), each a prefix of the next.
+            alive: The workers to look at.
+            rows: Where they stand in *held*.
+            held: Tokens, shape (W, tiers).
+            worth: Tokens of a name.
+            fine: Names from the first on that are worth that; further ones are
+                worth *fine* times as much each.
+            tier: The first column to raise.
+            others: Stores that count as one with this one.
+        """
+        for mask, depth in self.depths(names, alive, others):
+            coarse = max(depth - fine, 0)
+            tokens = worth * (depth - coarse + coarse * fine)
+            place = rows.pick(mask)
+            held[place, tier:] = np.maximum(held[place, tier:], tokens)
+
+    def items(self) -> Iterable[tuple[int, int]]:
+        """Return (name, holders) pairs, the oldest first."""
+        return self._masks.items()
+
     def trim(self, blocks: int) -> None:
         """Drop the oldest names until *blocks* are left, O(all of them)."""
         names = [*itertools.islice(self._masks, len(self._masks) - blocks)]
         for name in names:
             del self._masks[name]
 
-    def check(self, known: int) -> None:
-        """Raise AssertionError if a set is empty or names strangers."""
-        for mask in self._masks.values():
-            assert mask, "an empty set is kept"
-            assert not mask & ~known, "a stranger holds a block"
-
-    def _finder(self, others: tuple[Holders, ...]) -> Callable[[int, int], int]:
+    def _finder(self, others: tuple[PlainHolders, ...]) -> Callable[[int, int], int]:
         if not others:
             return self._masks.get
         gets = [store._masks.get for store in (self, *others)]
@@ -159,6 +192,44 @@ class Holders:
             return mask
 
         return find
+
+
+if TYPE_CHECKING or loops is None:
+    Holders = PlainHolders
+else:
+
+    class Holders(loops.Table):
+        """`PlainHolders` in C, at a third of the memory: `_loops.c`."""
+
+        __slots__ = ()
+
+        def reach(
+            self, names, alive, rows, held, worth, *, fine=_ALL, tier=0, others=()
+        ) -> None:
+            self.raise_to(names, alive, others, held, rows.view, worth, fine, tier)
+
+        def depths(self, names, alive, others=()):
+            return super().depths(names, alive, others)
+
+        def __reduce__(self):
+            known = attrs.fields(type(self)) if attrs.has(type(self)) else ()
+            fields = {field.name: getattr(self, field.name) for field in known}
+            return _restored, (type(self), self.state(), fields)
+
+
+def _restored(kind: type[Any], state: Any, fields: dict[str, Any]) -> Any:
+    twin = kind()
+    twin.restore(state)
+    for name, value in fields.items():
+        setattr(twin, name, value)
+    return twin
+
+
+def check(holders: Holders, known: int) -> None:
+    """Raise AssertionError if a set is empty or names others than *known*."""
+    for _, mask in holders.items():  # noqa: PERF102
+        assert mask, "an empty set is kept"
+        assert not mask & ~known, "a stranger holds a block"
 
 
 @attrs.define(eq=False)
@@ -180,17 +251,17 @@ class LoggedHolders(Holders):
         """Bits that were cleared but not yet swept from every set."""
         return self._dead
 
-    def add(self, bit: int, names: Sequence[int]) -> Sequence[int]:
+    def add(self, bit: int, names: Sequence[int] | Hashes) -> bytes:
         new = Holders.add(self, bit, names)
         log = self._logs.get(bit)
         if log is None:
             log = self._logs[bit] = array("Q")
-        log.extend(new)
+        log.frombytes(new)
         if self._dead:
             self.sweep(_SWEEP * len(names))
         return new
 
-    def drop(self, bit: int, names: Sequence[int]) -> None:
+    def drop(self, bit: int, names: Sequence[int] | Hashes) -> None:
         """Let *bit* hold *names* no more, and its log shrink now and then."""
         self.discard(bit, names)
         log = self._logs.get(bit)
@@ -202,9 +273,9 @@ class LoggedHolders(Holders):
 
     def names(self, bit: int) -> Iterator[int]:
         """Yield what the worker *bit* holds, oldest first."""
-        masks = self._masks
+        find = self.find
         for name in dict.fromkeys(self._logs.get(bit, ())):
-            if masks.get(name, 0) & bit:
+            if find(name, 0) & bit:
                 yield name
 
     def clear(self, bit: int) -> None:
@@ -230,7 +301,8 @@ class LoggedHolders(Holders):
             steps -= len(part)
 
     def check(self, known: int) -> None:
-        Holders.check(self, known | self._dead)
+        """Raise AssertionError if an invariant is broken; for tests."""
+        check(self, known | self._dead)
         for bit in self._logs:
-            held = {name for name, mask in self._masks.items() if mask & bit}
+            held = {name for name, mask in self.items() if mask & bit}
             assert held == {*self.names(bit)}, "the log has forgotten a block"

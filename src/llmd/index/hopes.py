@@ -7,9 +7,11 @@ from collections import deque
 import attrs
 import numpy as np
 
-from ..blocks import Hashes
+from ..hashing import Hashes
 from ..types import Request, WorkerId
-from .holders import Holders
+from ..view import Ints
+from .holders import Holders, check
+from .seats import Rows
 
 STEP_TOKENS = 256
 
@@ -42,16 +44,21 @@ class Hopes:
         default=(None, 0, np.empty(0, np.uint64)), init=False
     )
 
-    def depths(self, hashes: Hashes, tokens: int, bits: int) -> list[tuple[int, int]]:
-        """Group the workers of *bits* by how many leading tokens they will hold.
+    def reach(
+        self, hashes: Hashes, tokens: int, bits: int, rows: Rows, held: Ints
+    ) -> None:
+        """Raise in *held* what the workers *bits* hold to what they will.
 
         Args:
             hashes: Of a prompt, by blocks of *tokens* tokens.
             tokens: A block.
             bits: The workers to look at.
+            rows: Where they stand in *held*.
+            held: Tokens, shape (W, tiers).
         """
-        found = self.holders.depths(self._of(hashes, tokens), bits)
-        return [(mask, tokens_at(depth, tokens)) for mask, depth in found]
+        fine = max(STEP_TOKENS // tokens, 1)
+        names = self._of(hashes, tokens)
+        self.holders.reach(names, bits, rows, held, tokens, fine=fine)
 
     def add(self, worker: WorkerId, bit: int, request: Request, tokens: int) -> None:
         """Hope that *worker* will hold *request*, in blocks of *tokens* tokens."""
@@ -95,7 +102,7 @@ class Hopes:
 
     def check(self, known: int) -> None:
         """Raise AssertionError if an invariant is broken; for tests."""
-        self.holders.check(known)
+        check(self.holders, known)
         for bit, names in self._names.items():
             assert bit & known, "a stranger is hoped for"
             find = self.holders.find
@@ -106,20 +113,11 @@ def grid(hashes: Hashes, block_tokens: int) -> Hashes:
     """Return the prefixes that are hoped for, each a prefix of the next.
 
     >>> hashes = Request(id="r", prompt=range(600)).hashes(16)
-    >>> names = grid(hashes, 16)
-    >>> [tokens_at(depth, 16) for depth in (1, 16, len(names))]
-    [16, 256, 512]
-    >>> bool(names[-1] == hashes[31])
-    True
+    >>> names = grid(hashes, 16)  # of 16, 32 ... 256 tokens, and of 512
+    >>> len(names), bool(names[-1] == hashes[31])
+    (17, True)
     """
     fine = max(STEP_TOKENS // block_tokens, 1)
     if len(hashes) < 2 * fine:
         return hashes[:fine]
     return np.concatenate((hashes[:fine], hashes[2 * fine - 1 :: fine]))
-
-
-def tokens_at(depth: int, block_tokens: int) -> int:
-    """Return the tokens of the prefix at *depth*, from 1, of a `grid`."""
-    fine = max(STEP_TOKENS // block_tokens, 1)
-    coarse = max(depth - fine, 0)
-    return block_tokens * (depth - coarse + coarse * fine)

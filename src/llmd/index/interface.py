@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 
-from ..blocks import Hashes
 from ..copied import Copied
+from ..hashing import Hashes
 from ..types import Request, Tier, Worker, WorkerId
 from ..view import Ints
 

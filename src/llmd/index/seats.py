@@ -1,4 +1,4 @@
-"""Which bit stands for which worker, and depths as an array over workers."""
+"""Which bit stands for which worker, and where it stands in an array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..types import Tier, WorkerId
 from ..view import Ints
 
 _PICKS_KEPT = 1 << 10
-_TIERS = len(Tier)
+TIERS = len(Tier)
 _INT64 = np.dtype(np.int64)
 
 
@@ -27,46 +27,49 @@ class Rows:
 
     workers: Sequence[WorkerId]
     _row_of_bit: dict[int, int]
-    _row_of_place: NDArray[np.intp] = attrs.field(init=False)
+    # The row of each bit by its place; -1 where none of the workers has it.
+    places: NDArray[np.int64] = attrs.field(init=False)
+    view: memoryview = attrs.field(init=False)
     _known: int = attrs.field(default=0, init=False)
-    _picks: dict[int, int | NDArray[np.intp]] = attrs.field(factory=dict, init=False)
+    _picks: dict[int, NDArray[np.int64]] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         places = max(self._row_of_bit, default=0).bit_length()
-        self._row_of_place = np.zeros(places, dtype=np.intp)
+        self.places = np.full(places, -1, dtype=np.int64)
         for bit, row in self._row_of_bit.items():
-            self._row_of_place[bit.bit_length() - 1] = row
+            self.places[bit.bit_length() - 1] = row
             self._known |= bit
+        self.view = self.places.data
 
-    def depths(self, found: list[tuple[int, int]], scale: int) -> Ints:
-        """Turn (bits, depth) pairs into depth * scale by row, shape (W,)."""
-        depths: Ints = np.zeros(len(self.workers), _INT64)
-        picks = self._picks
-        for mask, depth in found:
-            pick = picks.get(mask)
-            if pick is None:
-                pick = self._pick(mask)
-            depths[pick] = depth * scale
-        return depths
+    def __deepcopy__(self, memo: object) -> Rows:
+        return self  # It says where bits stand, and that never changes.
+
+    def __reduce__(self) -> tuple[type[Rows], tuple[object, ...]]:
+        return Rows, (self.workers, self._row_of_bit)
+
+    def nothing(self) -> Ints:
+        """Return what workers hold of an unknown prompt, shape (W, tiers)."""
+        return np.zeros((len(self.workers), TIERS), _INT64)
 
     def row(self, bit: int) -> int | None:
         """Return where the worker *bit* stands, if it does."""
         return self._row_of_bit.get(bit)
 
-    def _pick(self, mask: int) -> int | NDArray[np.intp]:
-        row = self._row_of_bit.get(mask)
-        pick = self._rows_of(mask) if row is None else row
-        if len(self._picks) >= _PICKS_KEPT:
-            self._picks.clear()
-        self._picks[mask] = pick
+    def pick(self, mask: int) -> NDArray[np.int64]:
+        """Return the rows of the workers *mask*."""
+        pick = self._picks.get(mask)
+        if pick is None:
+            if len(self._picks) >= _PICKS_KEPT:
+                self._picks.clear()
+            pick = self._picks[mask] = self._rows_of(mask)
         return pick
 
-    def _rows_of(self, mask: int) -> NDArray[np.intp]:
+    def _rows_of(self, mask: int) -> NDArray[np.int64]:
         mask &= self._known
         size = (mask.bit_length() + 7) // 8
         raw = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
         places = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
-        return self._row_of_place[places]
+        return self.places[places]
 
 
 @attrs.define(eq=False)
@@ -114,13 +117,3 @@ class Seats:
             found = {bits[w]: row for row, w in enumerate(workers) if w in bits}
             self._rows = Rows(workers, found)
         return self._rows
-
-
-def columns(depths: Ints) -> Ints:
-    """Show depths of the fastest tier as those of every tier, (W, tiers).
-
-    Nothing is copied, so the result is read-only.
-    """
-    held: Ints = np.ndarray((len(depths), _TIERS), _INT64, depths, 0, (8, 0))
-    held.setflags(write=False)
-    return held

@@ -21,8 +21,8 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from ..blocks import Hasher, process_hasher
 from ..errors import InvalidSnapshot
+from ..hashing import Hasher, process_hasher
 from ..types import Tier, Worker
 from .blended import BlendedIndex
 from .exact import ExactIndex
@@ -81,7 +81,7 @@ def restore(data: bytes, hasher: Hasher | None = None) -> PrefixIndex:
     if header["key"] != known:
         raise InvalidSnapshot(
             f"its names are under key {header['key']}, this process has {known}:"
-            " see llmd.blocks.share_key"
+            " see llmd.hashing.share_key"
         )
     return _rebuild(header, _Reader(body, start + length))
 

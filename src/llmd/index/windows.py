@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ..blocks import Hashes
+from ..hashing import Hashes
 
 
 def depth(

@@ -8,6 +8,8 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from .. import events as e
 from ..decision import Decision
 from ..errors import EngineError, InvalidRequest, WorkerLost
@@ -35,10 +37,17 @@ async def attempt(
     assert decision is not None, "attempted before it was placed"
     worker = decision.decode
     try:
-        async with _prefilled(server, ticket, decision, sampling) as transfer:
-            call = Call(request=ticket.request, sampling=sampling, kv_transfer=transfer)
+        request = ticket.rest()
+        if request is None:
+            yield Output(finish_reason="length")
+            server.end(ticket)
+            return
+        call = Call(request=request, sampling=sampling)
+        async with _prefilled(server, ticket, decision, call) as transfer:
+            call = attrs.evolve(call, kv_transfer=transfer)
             async for output in _outputs(server.engine(worker), ticket, call):
                 _report(server, ticket, worker, output)
+                ticket.note(output)
                 try:
                     yield output
                 except BaseException:
@@ -94,7 +103,9 @@ async def _typed(outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]
 
 
 def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) -> None:
-    id, tokens = ticket.request.id, len(output.token_ids)
+    id = ticket.request.id
+    # Text without tokens is at least one that the engine hides.
+    tokens = len(output.token_ids) or int(output.text != "")
     if not ticket.streamed:
         if not tokens and output.finish_reason is None:
             return
@@ -108,7 +119,7 @@ def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) ->
 
 @contextlib.asynccontextmanager
 async def _prefilled(
-    server: Server, ticket: Ticket, decision: Decision, sampling: Mapping[str, Any]
+    server: Server, ticket: Ticket, decision: Decision, call: Call
 ) -> AsyncGenerator[Mapping[str, Any] | None, None]:
     """Give what hands the prompt's KV over, if another worker computes it.
 
@@ -119,12 +130,13 @@ async def _prefilled(
     if worker == decision.decode:
         yield None
         return
-    promise = server.engine(worker).promise(ticket.request)
+    call = attrs.evolve(call, prefill_only=True)
+    promise = server.engine(worker).promise(call.request)
     if promise is None:
-        yield await _prefill(server, ticket, worker, sampling)
+        yield await _prefill(server, ticket, worker, call)
         return
-    prefill = _prefill(server, ticket, worker, sampling, promise.prefill)
-    computing = asyncio.create_task(prefill)
+    call = attrs.evolve(call, kv_transfer=promise.prefill)
+    computing = asyncio.create_task(_prefill(server, ticket, worker, call))
     try:
         yield promise.decode
     finally:
@@ -133,23 +145,13 @@ async def _prefilled(
 
 
 async def _prefill(
-    server: Server,
-    ticket: Ticket,
-    worker: WorkerId,
-    sampling: Mapping[str, Any],
-    promised: Mapping[str, Any] | None = None,
+    server: Server, ticket: Ticket, worker: WorkerId, call: Call
 ) -> Mapping[str, Any] | None:
     """Compute the prompt on *worker* and return what hands its KV over.
 
     Returns:
         None if it failed: the decode worker computes the prompt itself.
     """
-    call = Call(
-        request=ticket.request,
-        sampling=sampling,
-        kv_transfer=promised,
-        prefill_only=True,
-    )
     transfer = None
     try:
         async with asyncio.timeout(server.prefill_timeout):

@@ -281,7 +281,7 @@ class Server:
                     self.scale(command)
 
     def _requeue(self, ticket: Ticket) -> None:
-        if ticket.retried:
+        if ticket.retried and ticket.said is not None:
             ticket.requeue()
         else:
             worker = ticket.decision.decode if ticket.decision else "a worker"

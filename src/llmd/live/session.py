@@ -9,8 +9,9 @@ from typing import Any
 
 import attrs
 
-from ..blocks import Prompt, token_array
+from ..blocks import Prompt
 from ..errors import InvalidRequest, Rejected, UnknownSession
+from ..hashing import token_array
 from ..types import Request
 from .engine import Output
 from .server import Server

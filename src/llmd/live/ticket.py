@@ -11,6 +11,7 @@ import attrs
 from ..decision import Decision
 from ..errors import LlmdError
 from ..types import Request
+from .engine import Output
 
 T = TypeVar("T")
 
@@ -28,7 +29,9 @@ class Ticket:
         retried: Whether it waits for another worker if it loses its own.
         decision: Where it runs now; None while it waits.
         failure: Why it ended, if it did not end well.
-        streamed: Its client has seen part of the answer.
+        streamed: Its client has seen part of the answer from this worker.
+        said: Tokens of the answer so far, if it may have to be resumed; None
+            once an engine hid what it said.
         ended: Nothing is booked for it any more.
     """
 
@@ -37,6 +40,7 @@ class Ticket:
     decision: Decision | None = None
     failure: LlmdError | None = None
     streamed: bool = False
+    said: list[int] | None = attrs.field(factory=list)
     ended: bool = False
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     # Of what is awaited just now: the answer and, perhaps, its prefill.
@@ -49,7 +53,7 @@ class Ticket:
 
     def requeue(self) -> None:
         """Take the request off its worker; it waits again."""
-        self.decision = None
+        self.decision, self.streamed = None, False
         self._changed.clear()
         self._interrupt()
 
@@ -58,6 +62,28 @@ class Ticket:
         self.failure, self.ended = error, True
         self._changed.set()
         self._interrupt()
+
+    def note(self, output: Output) -> None:
+        """Remember what was said, in case that another worker has to go on."""
+        if not self.request.resumable or self.said is None:
+            return
+        if output.text and not output.token_ids:
+            self.said = None
+        else:
+            self.said += output.token_ids
+
+    def rest(self) -> Request | None:
+        """Return what an engine is to be asked for; None if all is said."""
+        request, said = self.request, self.said
+        if not said:
+            return request
+        left = None
+        if request.max_new_tokens is not None:
+            left = request.max_new_tokens - len(said)
+            if left < 1:
+                return None
+        prompt = request.prompt.extended(said)
+        return attrs.evolve(request, prompt=prompt, max_new_tokens=left)
 
     async def placed(self) -> Decision:
         """Wait for a decision.

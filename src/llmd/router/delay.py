@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import numpy as np
 
 from ..decision import Term
 from ..machines import Machine
+from ..native import loops
 from ..types import Request, Tier
-from ..view import Floats, View, Workers
+from ..view import Floats, Ints, View
 from .interface import TermRouter
 from .rates import Rates
 
@@ -63,59 +65,95 @@ class LeastDelay(TermRouter):
         self._rates = Rates(self.machine, dict(self.machines))
 
     def terms(self, request: Request, view: View) -> tuple[Term, ...]:
-        workers = view.workers
+        workers, held = view.workers, view.cached_tokens(request)
         machine = self._rates.of(workers)
-        held = view.cached_tokens(request)
-        waiting = workers.waiting_requests.astype(np.float64)
-        queued = workers.prefill_tokens.astype(np.float64)
-        # Attention makes one long prompt dearer than two of half its length, so
-        # of what is queued the mean prompt is priced, beside this prompt: one
-        # call for both, as arrays of a fleet's size cost by the call.
-        tokens, cached = np.zeros((2, 2, len(workers)))
-        cached[0] = held[:, -1]
-        np.subtract(request.prompt_tokens, cached[0], out=tokens[0])
-        np.maximum(tokens[0], 1.0, out=tokens[0])
-        np.divide(queued, waiting, out=tokens[1], where=waiting > 0.0)
-        own = tokens[0]
-        own_s, mean_s = machine.prefill_s(tokens, cached)
-        # The first of them is half done on average.
-        queued_s = mean_s * np.maximum(waiting - 0.5, 0.0) * (queued > 0.0)
-        context = workers.context_tokens.astype(np.float64)
-        terms = [
+        mixed = isinstance(machine.knee, np.ndarray)
+        weigh = _in_numpy if mixed or loops is None else _compiled
+        rows, slower = weigh(workers.loads, held, request, self._figures(machine))
+        queued, own, context, waiting, queued_s, own_s, beside_s, others_s = rows
+        terms = (
             Term("queued prefill", queued, "tokens", queued_s),
             Term("own prefill", own, "tokens", own_s),
-            Term(
-                "decoding beside",
-                context,
-                "tokens",
-                (queued_s + own_s) * self._beside(machine, workers, context),
-            ),
-            Term(
-                "delay of others",
-                waiting,
-                "waiting",
-                own_s * self._others(workers, waiting),
-            ),
+            Term("decoding beside", context, "tokens", beside_s),
+            Term("delay of others", waiting, "waiting", others_s),
+        )
+        if not slower:
+            return terms
+        loaded = (held[:, -1] - held[:, Tier.GPU]).astype(np.float64)
+        return *terms, Term("load", loaded, "tokens", self._rates.load_s(held, workers))
+
+    def _figures(self, machine: Machine) -> tuple[Any, ...]:
+        return (
+            machine.prefill_s_per_token,
+            machine.prefill_floor_s,
+            machine.knee,
+            machine.attention_s_per_token2,
+            machine.prefix_s_per_token,
+            machine.decode_s_per_request,
+            machine.decode_s_per_context_token,
+            self.always,
+            self.waiting_here,
+            self.waiting_anywhere,
+            self.answering_here,
+            self.step_tokens,
+        )
+
+
+def _compiled(
+    loads: Ints, held: Ints, request: Request, figures: tuple[Any, ...]
+) -> tuple[Floats, bool]:
+    """Do what `_in_numpy` does, in one loop over workers."""
+    assert loops is not None
+    rows: Floats = np.empty((8, loads.shape[1]))
+    held = np.ascontiguousarray(held, dtype=np.int64)
+    slower = loops.delays(loads, held, request.prompt_tokens, figures, rows)
+    return rows, slower
+
+
+def _in_numpy(
+    loads: Ints, held: Ints, request: Request, figures: tuple[Any, ...]
+) -> tuple[Floats, bool]:
+    """Weigh *request* at each worker.
+
+    Args:
+        loads: As in `Workers`, (4, W).
+        held: Tokens in each tier or a faster one, (W, tiers).
+        request: Its prompt counts.
+        figures: Of machine and router; numbers or (W,), in the order of
+            `_figures`.
+
+    Returns:
+        (8, W): tokens queued, own tokens, tokens of context, requests waiting;
+        then seconds: of what is queued, of its own prompt, that decoding adds
+        to the two, that it takes from others.  And whether any worker holds
+        more in slower tiers than in the first.
+    """
+    (per_token, floor, knee, attention, prefix, per_request, per_context) = figures[:7]
+    always, here, anywhere, answering, step_tokens = figures[7:]
+
+    def prefill_s(tokens: Floats, context: Floats | float) -> Floats:
+        joined = ((per_token * tokens) ** knee + floor**knee) ** (1 / knee)
+        attended = tokens * (context + tokens * 0.5)
+        seconds: Floats = joined + attended * attention + context * prefix
+        return seconds
+
+    running, waiting, queued, context = loads.astype(np.float64)
+    known = held[:, -1].astype(np.float64)
+    own = np.maximum(request.prompt_tokens - known, 1.0)
+    own_s = prefill_s(own, known)
+    # Attention makes one long prompt dearer than two of half its length, so of
+    # what is queued the mean prompt is priced, the first being half done.
+    mean = np.divide(queued, waiting, out=np.zeros_like(queued), where=waiting > 0.0)
+    queued_s = prefill_s(mean, 0.0) * np.maximum(waiting - 0.5, 0.0) * (mean > 0.0)
+    # Decoding lengthens a step full of prompt by this part.
+    decoding = context * per_context + running * per_request
+    beside = decoding / prefill_s(np.full(1, step_tokens, np.float64), 0.0)
+    fleet = always + anywhere * (waiting.sum() / max(len(waiting), 1))
+    others = fleet + here * waiting + answering * (running - waiting)
+    rows = np.stack(
+        [
+            *(queued, own, context, waiting),
+            *(queued_s, own_s, (queued_s + own_s) * beside, own_s * others),
         ]
-        # One column shown four times, as an index without slower tiers gives.
-        if held.strides[1] and (held[:, -1] != held[:, Tier.GPU]).any():
-            loaded = cached[0] - held[:, Tier.GPU]
-            terms.append(
-                Term("load", loaded, "tokens", self._rates.load_s(held, workers))
-            )
-        return tuple(terms)
-
-    def _others(self, workers: Workers, waiting: Floats) -> Floats:
-        """Return how many others a prompt delays at each worker, (W,)."""
-        anywhere = float(waiting.sum()) / max(len(waiting), 1)
-        others: Floats = waiting * (self.waiting_here - self.answering_here)
-        others += workers.running_requests * self.answering_here
-        others += self.always + self.waiting_anywhere * anywhere
-        return others
-
-    def _beside(self, machine: Machine, workers: Workers, context: Floats) -> Floats:
-        """Return by which part decoding lengthens a step full of prompt, (W,)."""
-        decoding = context * machine.decode_s_per_context_token
-        decoding += workers.running_requests * machine.decode_s_per_request
-        part: Floats = decoding / machine.prefill_s(float(self.step_tokens))
-        return part
+    )
+    return rows, bool((held[:, -1] != held[:, Tier.GPU]).any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 
 import attrs
 import numpy as np
@@ -12,6 +13,8 @@ from ..decision import Decision, Term
 from ..errors import PolicyError
 from ..types import Request, Role, WorkerId
 from ..view import Floats, View
+
+_FLOAT64 = np.dtype(np.float64)
 
 
 class Router(Copied, abc.ABC):
@@ -40,7 +43,7 @@ class Router(Copied, abc.ABC):
     def choose(self, costs: Floats, view: View) -> tuple[int, int]:
         """Return the row of a cheapest worker, and how many tie for it."""
         row = int(costs.argmin())
-        equal = costs == costs[row]
+        equal = costs == costs.item(row)
         tied = int(np.count_nonzero(equal))
         if tied > 1:
             row = int(np.flatnonzero(equal)[view.rng.integers(tied)])
@@ -56,21 +59,24 @@ class Router(Copied, abc.ABC):
             PolicyError: `cost` gave a wrong shape or a NaN.
         """
         priced, terms = self.price(request, view)
-        if np.iscomplexobj(priced):
-            raise PolicyError(f"{self!r} priced with complex numbers")
-        costs = np.asarray(priced, dtype=np.float64)
+        costs = np.asarray(priced)
+        if costs.dtype != _FLOAT64:
+            if np.iscomplexobj(costs):
+                raise PolicyError(f"{type(self).__name__} priced with complex numbers")
+            costs = costs.astype(np.float64)
         ids = view.workers.ids
         if costs.shape != (len(ids),):
             raise PolicyError(
-                f"{self!r} priced {len(ids)} workers with an array of shape"
-                f" {costs.shape}"
+                f"{type(self).__name__} priced {len(ids)} workers"
+                f" with an array of shape {costs.shape}"
             )
         if not len(ids):
             return None
-        lowest = costs.min()
+        lowest = costs.item(costs.argmin())
         if lowest != lowest:  # a NaN anywhere is the minimum
-            raise PolicyError(f"{self!r} priced {ids[costs.argmin()]!r} at NaN")
-        if lowest == np.inf:
+            worker = ids[costs.argmin()]
+            raise PolicyError(f"{type(self).__name__} priced {worker!r} at NaN")
+        if lowest == math.inf:
             return None
         row, tied = self.choose(costs, view)
         return Decision(

@@ -20,9 +20,10 @@ import attrs
 import numpy as np
 
 from .. import commands, errors, events, types
-from ..blocks import Hashes, Prompt, seed_of
+from ..blocks import Prompt
 from ..commands import Command
 from ..errors import InvalidRequest, LlmdError
+from ..hashing import Hashes
 from ..types import Request
 
 _TYPES: dict[str, type] = {
@@ -41,15 +42,21 @@ _ENUMS: dict[str, type[enum.Enum]] = {
 class RecordedPrompt(Prompt):
     """A prompt known by the names that its blocks had when it was recorded.
 
-    Names recorded include what salt and adapter added; `Request.hashes` adds
-    it again, by the key of this process, so it is taken off here.
+    Names recorded include what salt, adapter and media added; `Request.hashes`
+    adds it again, by the key of this process, so `taken_off` takes it off.
     """
 
-    __slots__ = ("seed",)
+    __slots__ = ()
 
-    def __init__(self, tokens: int, names: dict[int, Hashes], seed: np.uint64) -> None:
+    def __init__(self, tokens: int, names: dict[int, Hashes]) -> None:
         super().__init__(None, tokens)
-        self._names = {size: hashes - seed for size, hashes in names.items()}
+        self._names = {size: np.zeros_like(known) for size, known in names.items()}
+
+    def taken_off(self, request: Request, names: dict[int, Hashes]) -> Request:
+        """Return *request*, of this prompt, whose hashes are *names* now."""
+        added = {size: request.hashes(size) for size in names}
+        self._names = {size: known - added[size] for size, known in names.items()}
+        return request
 
 
 def encode(value: Any, sizes: Iterable[int] = ()) -> Any:
@@ -151,13 +158,12 @@ def _decode_request(content: dict[str, Any]) -> Request:
     fields = {name: part for name, part in content.items() if name != "names"}
     tokens = fields.pop("tokens")
     given = {name: decode(part) for name, part in fields.items()}
-    salt, lora = given.get("salt", ""), given.get("lora", "")
-    seed = seed_of(salt, lora) if salt or lora else np.uint64(0)
     names = {
         int(size): np.array(hashes, dtype=np.uint64)
         for size, hashes in content["names"].items()
     }
-    return Request(prompt=RecordedPrompt(tokens, names, seed), **given)
+    prompt = RecordedPrompt(tokens, names)
+    return prompt.taken_off(Request(prompt=prompt, **given), names)
 
 
 def _kind(error: LlmdError) -> str:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import attrs
 
 from ..cluster import Cluster
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
@@ -124,6 +124,7 @@ def make_cluster(policy: Policy) -> Cluster:
     made = policy()
     if not isinstance(made, Cluster):
         raise InvalidRequest(
-            f"{policy!r} makes {made!r}: want a router, a cluster or what makes one"
+            f"{shown(policy)} makes {shown(made)}:"
+            " want a router, a cluster or what makes one"
         )
     return made

@@ -76,7 +76,10 @@ class Ledger:
         match event:
             case e.FirstToken(request_id=id):
                 outcome = self.outcomes[id]
-                outcome.first, outcome.generated = event.at, 1
+                outcome.generated += 1
+                if outcome.generated > 1:  # it goes on after another worker
+                    return
+                outcome.first = event.at
                 outcome.cached_tokens = event.cached_tokens or 0
                 if event.at - outcome.arrived > self._slo.ttft_s:
                     self.misses_left -= 1

@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..blocks import Hashes, Prompt, Tokens
+from ..blocks import Prompt
+from ..hashing import Hashes, Tokens
 
 Segment: TypeAlias = tuple[int, int]  # (what it says, tokens)
 

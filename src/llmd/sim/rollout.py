@@ -41,6 +41,12 @@ class Rollout(Autoscaler):
     long as simulating its requests does, so mind the interval where the
     autoscaler shares a thread with a live server.
 
+    It does not try on a `Cluster.fork()`.  A policy is handed a view and
+    nothing else, which lets it stand inside another one and be asked of any
+    fleet; a fork would bring the index and the router's memory along, at a
+    cost that grows with them, and still not how far each engine is with what
+    it runs, which only the engines know.
+
     Attributes:
         slo: What requests must keep; its attainment counts.
         machine: Step times of each worker.

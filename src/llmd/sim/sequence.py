@@ -6,8 +6,9 @@ import math
 
 import attrs
 
-from ..blocks import Hashes, Prompt, seed_of
+from ..blocks import Prompt
 from ..errors import InvalidRequest
+from ..hashing import Hashes, process_hasher, seed_of
 from ..types import Request
 
 
@@ -65,6 +66,7 @@ class Sequence:
         remote: Its KV comes from another worker: the last token is all there
             is to compute.
         prefill_only: Another worker decodes it.
+        given: Tokens of the answer that another worker generated before.
         length: Tokens whose KV a prefill has to provide.
         computed: Of them, how many there are.
         generated: Tokens of the answer when it last joined or left the batch.
@@ -88,6 +90,7 @@ class Sequence:
     missed: float = -math.inf
     remote: bool = False
     prefill_only: bool = False
+    given: int = 0
     length: int = 0
     computed: int = 0
     generated: int = 0
@@ -113,5 +116,7 @@ class Sequence:
             return None
         request, names = self.request, self.answer.hashes(block_tokens)
         if request.salt or request.lora:
-            return names + seed_of(request.salt, request.lora)
+            names = names + seed_of(request.salt, request.lora)
+        if request.media:
+            names = process_hasher().mark(names, block_tokens, request.media)
         return names

@@ -242,7 +242,8 @@ class Simulator:
     def _dispatch(self, command: c.Dispatch) -> None:
         request, decision = command.request, command.decision
         outcome = self.ledger.outcomes[request.id]
-        outcome.dispatched = self.now
+        if not outcome.generated:
+            outcome.dispatched = self.now
         outcome.worker = decision.decode
         outcome.attempts += 1
         if decision.prefill is not None and decision.prefill != decision.decode:
@@ -273,6 +274,7 @@ class Simulator:
             request.hashes(model.worker.block_tokens).tolist(),
             prefill_only=prefill_only,
             remote=remote,
+            given=outcome.generated,
         )
         self._awake(engine, model.submit(sequence, self.now))
         if not model.busy:

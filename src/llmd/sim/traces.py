@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..blocks import Hashes, Prompt
+from ..blocks import Prompt
 from ..errors import InvalidRequest
+from ..hashing import Hashes
 from ..types import Request
 from .catalogue import from_profile
 from .prompts import SegmentPrompt, mixed

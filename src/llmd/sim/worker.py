@@ -115,7 +115,8 @@ class ModelWorker:
         """Queue *sequence*; return when to call `finish`, if that changed."""
         self._orders += 1
         sequence.order = self._orders
-        sequence.length = sequence.request.prompt_tokens
+        sequence.length = sequence.request.prompt_tokens + sequence.given
+        sequence.generated = sequence.reported = sequence.given
         self.held[sequence.request.id] = sequence
         if -(-sequence.length // self.worker.block_tokens) > self.worker.kv_blocks:
             self._end(sequence, now, "the prompt is larger than the KV cache")
@@ -329,8 +330,8 @@ class ModelWorker:
             self._events.append(e.PrefillEnded(now, id, request.id))
             return
         sequence.generated += 1
-        if sequence.generated == 1:
-            sequence.reported = 1
+        if sequence.generated == sequence.given + 1:
+            sequence.reported = sequence.generated
             self._events.append(e.FirstToken(now, id, request.id, sequence.cached))
         left = sequence.output_tokens - sequence.generated
         if left <= 0:

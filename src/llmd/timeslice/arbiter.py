@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import attrs
 import numpy as np
 
-from ..errors import InvalidEvent, PolicyError
+from ..errors import InvalidEvent, PolicyError, shortened, shown
 from . import messages as m
 from .interface import GpuView, Infeasible, TimeSlice, Turn
 from .messages import Action
@@ -257,7 +257,8 @@ class GpuArbiter:
         known = turn.engine is None or turn.engine in self.engines
         # A turn of nothing would be asked for again at once, for ever.
         if not known or not turn.seconds > 0 or (view.running and not turn.engine):
-            raise PolicyError(f"{self.policy!r} answered {turn!r} to {view!r}")
+            name = type(self.policy).__name__
+            raise PolicyError(f"{name} answered {shown(turn)} to {shown(view, 500)}")
         return turn
 
     def _bring(self, seat: Seat) -> list[m.GpuCommand]:
@@ -313,7 +314,8 @@ class GpuArbiter:
         try:
             return question(*about)
         except Exception as error:
-            failure = f"{self.policy!r} raised {type(error).__name__}: {error}"
+            name, said = type(self.policy).__name__, shortened(str(error), 500)
+            failure = f"{name} raised {type(error).__name__}: {said}"
             raise PolicyError(failure) from error
 
     def _do(self, seat: Seat, action: Action) -> list[m.GpuCommand]:

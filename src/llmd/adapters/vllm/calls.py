@@ -21,12 +21,17 @@ def prompt_ids(call: Call, max_model_tokens: int) -> list[int]:
     """Return the prompt, if it fits the model together with its answer.
 
     Raises:
-        InvalidRequest: Its tokens are not known.
+        InvalidRequest: Its tokens are not known, or there is more than tokens.
         PromptTooLong: It does not fit.
     """
     request = call.request
     if request.prompt.ids is None:
         raise InvalidRequest(f"{request.id!r} has a prompt without tokens")
+    if request.media:
+        raise InvalidRequest(
+            f"{request.id!r} has media, and only their keys are known here: take a"
+            " lease and give them to the engine yourself"
+        )
     new = 1 if call.prefill_only else request.max_new_tokens or 1
     if request.prompt_tokens + new > max_model_tokens:
         raise PromptTooLong(

@@ -28,7 +28,6 @@ gets here looks like a gap; who watches its process must call `forget`.
 
 from __future__ import annotations
 
-import array
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,13 +35,13 @@ from typing import Any
 
 import attrs
 import msgspec
-import numpy as np
 
-from ...blocks import Hasher, Tokens, process_hasher, seed_of
+from ...errors import InvalidSnapshot
 from ...events import BlocksCleared, BlocksRemoved, BlocksStored
+from ...hashing import Hasher, process_hasher, seed_of
 from ...types import Tier, WorkerId
-from .kv_fields import salt_of, tier_of
-from .kv_holdings import Holdings, Report, Run
+from .kv_fields import extras_of, tier_of
+from .kv_holdings import Holdings, Report, Run, named, sealed, unsealed
 
 END = b"\xff" * 8
 """The sequence frame that ends a replay."""
@@ -51,6 +50,7 @@ END = b"\xff" * 8
 # hybrid models drop blocks that still count as cached.
 _SLIDING = frozenset({"sliding_window", "sliding_window_mla"})
 _WHOLE = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
+_PLAIN: tuple[str, list[tuple[int, int, str]]] = "", []
 _PREFIX_TOKENS = 1 << 22
 _RANKS = 1 << 10
 _BAD = (
@@ -188,6 +188,36 @@ class KVEventDecoder:
         self.gap = None
         return [BlocksCleared(at, self.worker, reason)]
 
+    def dump(self) -> bytes:
+        """Return all that is known of the publisher, for `restore`; O(blocks).
+
+        An index that another process restores needs it too: removals name
+        blocks by the engine's hashes, which only this table can read.
+        """
+        ranks = {index: rank.state() for index, rank in self._ranks.items()}
+        state = {"key": self._hasher.fingerprint, "ranks": ranks}
+        return sealed(msgspec.msgpack.encode(state))
+
+    def restore(self, data: bytes) -> None:
+        """Go on where the decoder that `dump` made *data* of left off.
+
+        What was published meanwhile comes by the replay that a stream begins
+        with, or else shows as a gap.
+
+        Raises:
+            InvalidSnapshot: It is damaged, or its names are under another key.
+        """
+        state = msgspec.msgpack.decode(unsealed(data), strict=False)
+        if state["key"] != self._hasher.fingerprint:
+            raise InvalidSnapshot("the names are under another key than this process's")
+        self._ranks = {
+            int(index): Holdings.of(rank) for index, rank in state["ranks"].items()
+        }
+        self._holders = ()
+        self.gap = None
+        if len(self._ranks) > 1:
+            self._count_holders()
+
     @staticmethod
     def _read(frames: Sequence[bytes]) -> tuple[int, int, Sequence[Any]]:
         """Return sequence number (-1: end of replay), rank and events."""
@@ -220,36 +250,36 @@ class KVEventDecoder:
             if start is None:
                 self.counts["unnamed blocks"] += len(keys)
                 return
-            name, length = start
+            name, length, media = start
             end = length + len(tokens)
             if end > _PREFIX_TOKENS:
                 raise ValueError("prefix too long")
-            if len(keys) == 1:  # what a decoding engine tells, step by step
-                name = self._hasher.extend(tokens, length, name)
-                names, table = [name], {keys[0]: (name, end)}
-            else:
-                names = self._names(tokens, size, name, length)
-                ends = range(length + size, end + 1, size)
-                table = dict(zip(keys, zip(names, ends)))  # noqa: B905
+            hashes = self._hasher.hashes(tokens, size, length, name)
+            if media:
+                places = [(length + n * size + at, key) for n, at, key in media]
+                hashes = self._hasher.mark(hashes, size, places, length)
+            ends = range(length + size, end + 1, size)
+            table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
             rank.block_tokens = size
         else:
             # Offloading connectors may name blocks by hash alone.
             table = {key: entry for key in keys if (entry := rank.entry(key))}
             self.counts["unnamed blocks"] += len(keys) - len(table)
-            names = [name for name, _ in table.values()]
+            hashes = named(name for name, _ in table.values())
         if self._holders:
             new = [table[key][0] for key in table.keys() - rank.held[tier].keys()]
             self._holders[tier].update(new)
         rank.add(tier, table)
-        run.add(BlocksStored, tier, rank.block_tokens, names)
+        run.add(BlocksStored, tier, rank.block_tokens, hashes)
 
     def _start(
         self, rank: Holdings, event: Mapping[str, Any]
-    ) -> tuple[int, int] | None:
+    ) -> tuple[int, int, list[tuple[int, int, str]]] | None:
         """Return (name, tokens) of what the event's blocks follow, if known.
 
-        None as well for blocks of images, prompt embeddings and adapters
-        without a name: tokens alone do not say what those hold.
+        And the media that begin in them.  None as well for blocks of prompt
+        embeddings and adapters without a name: tokens alone do not say what
+        those hold.
         """
         get = event.get
         lora, parent, keys = (
@@ -257,35 +287,18 @@ class KVEventDecoder:
             get("parent_block_hash"),
             get("extra_keys"),
         )
-        salt = ""
         if lora is None and get("lora_id") is not None:
             return None
-        if keys and any(keys):
-            found = salt_of(keys, lora, parent is None)
-            if found is None:
-                return None
-            salt = found
+        extras = extras_of(keys, lora, parent is None) if keys and any(keys) else _PLAIN
+        if extras is None:
+            return None
+        salt, media = extras
         if parent is not None:
-            return rank.entry(parent)
+            entry = rank.entry(parent)
+            return entry and (*entry, media)
         if salt or lora:
-            return int(seed_of(salt, lora or "", self._hasher)), 0
-        return 0, 0
-
-    def _names(self, tokens: list[int], size: int, name: int, length: int) -> list[int]:
-        """Name blocks of *size* tokens behind *length* tokens called *name*."""
-        if len(tokens) <= 4 * size or length % size:
-            names = []
-            for begin in range(0, len(tokens), size):
-                block = tokens[begin : begin + size]
-                name = self._hasher.extend(block, length + begin, name)
-                names.append(name)
-            return names
-        ids: Tokens = np.frombuffer(array.array("Q", tokens), dtype=np.uint64)
-        hashes = self._hasher.hashes(ids, size, length, name)
-        if not length and name:
-            hashes += np.uint64(name)
-        known: list[int] = hashes.tolist()
-        return known
+            return int(seed_of(salt, lora or "", self._hasher)), 0, media
+        return 0, 0, media
 
     def _remove(self, rank: Holdings, event: Mapping[str, Any], run: Run) -> None:
         group = event.get("group_idx")
@@ -303,7 +316,7 @@ class KVEventDecoder:
             names = [name for name in names if held[name] < 1]
             for name in names:
                 del held[name]
-        run.add(BlocksRemoved, tier, rank.block_tokens, names)
+        run.add(BlocksRemoved, tier, rank.block_tokens, named(names))
 
     def _clear(
         self, rank: Holdings, at: float, reason: str, *, unknown: bool = False
@@ -316,8 +329,8 @@ class KVEventDecoder:
             self._count_holders()
             for other in self._ranks.values():
                 for tier in Tier:
-                    names = [name for name, _ in other.held[tier].values()]
-                    run.add(BlocksStored, tier, other.block_tokens, names)
+                    hashes = named(name for name, _ in other.held[tier].values())
+                    run.add(BlocksStored, tier, other.block_tokens, hashes)
             run.flush()
         return run.reports
 

@@ -10,23 +10,36 @@ from ...types import Tier
 _TIERS = {"GPU": Tier.GPU, "CPU": Tier.CPU, "STORAGE": Tier.DISK, "DISK": Tier.DISK}
 
 
-def salt_of(keys: Sequence[Any], lora: str | None, first: bool) -> str | None:
-    """Return the salt among *keys*, block by block; None if there is more.
+def extras_of(
+    keys: Sequence[Any], lora: str | None, first: bool
+) -> tuple[str, list[tuple[int, int, str]]] | None:
+    """Return the salt among *keys*, and the media that begin in these blocks.
 
-    Each block has its adapter's name, the first block of a prompt its salt,
-    and any block what else went into it: image, embedding.
+    Each block has its adapter's name, the first block of a prompt its salt, and
+    any block the media that reach into it: a key, and where they begin from the
+    block's first token on, below 0 if in an earlier block.
+
+    Returns:
+        The salt, and (block, offset, key) of each; None if a block has more, an
+        embedding say, which has no name that a request could tell.
     """
     salt = ""
-    for block in keys:
+    media = []
+    for place, block in enumerate(keys):
         rest = list(block or ())
         if lora is not None and rest and rest[0] == lora:
             rest.pop(0)
-        if first and len(rest) == 1 and isinstance(rest[0], str):
+        if first and not place and rest and isinstance(rest[-1], str):
             salt = rest.pop()
-        if rest:
-            return None
-        first = False
-    return salt
+        for item in rest:
+            if not isinstance(item, (list, tuple)):
+                return None
+            key, offset = item
+            if not (isinstance(key, str) and isinstance(offset, int)):
+                return None
+            if offset >= 0:
+                media.append((place, offset, key))
+    return salt, media
 
 
 def tier_of(medium: Any, locality: Any) -> Tier:

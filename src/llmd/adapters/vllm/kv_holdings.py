@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
 
+from ...errors import InvalidSnapshot
 from ...events import BlocksCleared, BlocksRemoved, BlocksStored
+from ...hashing import Hashes
 from ...types import Tier, WorkerId
 
 Report: TypeAlias = BlocksStored | BlocksRemoved | BlocksCleared
 Table: TypeAlias = dict[Any, tuple[int, int]]
+
+
+_PLAIN = ("expected", "live", "most", "block_tokens", "group", "window")
+_MAGIC = b"llmd decoder 1\n"
+_SUM_BYTES = 16
 
 
 @attrs.define(eq=False)
@@ -38,6 +47,23 @@ class Holdings:
     group: int | None = None
     window: int = 0
 
+    def state(self) -> dict[str, Any]:
+        """Return all of it, for `of`, in what msgpack takes."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        copies = [[int(tier), key, more] for (tier, key), more in self.copies.items()]
+        held = [[[key, *entry] for key, entry in table.items()] for table in self.held]
+        return {**plain, "copies": copies, "held": held}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Holdings:
+        """Return the holdings that gave *state*."""
+        tables = state["held"]
+        return cls(
+            held=tuple({key: (name, end) for key, name, end in t} for t in tables),
+            copies={(Tier(tier), key): more for tier, key, more in state["copies"]},
+            **{name: state[name] for name in _PLAIN},
+        )
+
     def drop(self) -> None:
         self.copies.clear()
         for table in self.held:
@@ -59,7 +85,8 @@ class Holdings:
             for key in held.keys() & table:
                 self.copies[tier, key] = self.copies.get((tier, key), 0) + 1
         held.update(table)
-        self.most = max(self.most, len(held))
+        if len(held) > self.most:
+            self.most = len(held)
 
     def take(self, tier: Tier, key: Any) -> tuple[int, int] | None:
         """Drop one copy; return its entry if it was the last."""
@@ -81,24 +108,24 @@ class Run:
     reports: list[Report] = attrs.field(factory=list)
     window: int = 0
     kind: tuple[type[Report], Tier, int] | None = None
-    names: list[int] = attrs.field(factory=list)
+    parts: list[Hashes] = attrs.field(factory=list)
 
     def add(
-        self, report: type[Report], tier: Tier, block_tokens: int, names: list[int]
+        self, report: type[Report], tier: Tier, block_tokens: int, hashes: Hashes
     ) -> None:
-        kind = self.kind
-        if not (
-            kind and kind[0] is report and kind[1] is tier and kind[2] == block_tokens
-        ):
+        kind = report, tier, block_tokens
+        if kind != self.kind:
             self.flush()
-            self.kind = report, tier, block_tokens
-        self.names += names
+            self.kind = kind
+        if len(hashes):
+            self.parts.append(hashes)
 
     def flush(self) -> None:
-        if self.kind is None or not self.names:
+        if self.kind is None or not self.parts:
             return
         report, tier, block_tokens = self.kind
-        hashes = np.array(self.names, dtype=np.uint64)
+        parts = self.parts
+        hashes = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if report is BlocksStored:
             stored = BlocksStored(
                 self.at, self.worker, hashes, block_tokens, tier, self.window
@@ -106,4 +133,29 @@ class Run:
             self.reports.append(stored)
         else:
             self.reports.append(BlocksRemoved(self.at, self.worker, hashes, tier))
-        self.names = []
+        self.parts = []
+
+
+def named(names: Iterable[int]) -> Hashes:
+    """Return *names* as an array."""
+    return np.array([*names], dtype=np.uint64)
+
+
+def sealed(body: bytes) -> bytes:
+    """Return *body* with a version before it and a checksum behind."""
+    body = _MAGIC + body
+    return body + hashlib.blake2b(body, digest_size=_SUM_BYTES).digest()
+
+
+def unsealed(data: bytes) -> bytes:
+    """Return what `sealed` took.
+
+    Raises:
+        InvalidSnapshot: It is damaged, or of another version.
+    """
+    body, checksum = data[:-_SUM_BYTES], data[-_SUM_BYTES:]
+    if not body.startswith(_MAGIC):
+        raise InvalidSnapshot("this is no decoder of this version")
+    if hashlib.blake2b(body, digest_size=_SUM_BYTES).digest() != checksum:
+        raise InvalidSnapshot("the checksum does not fit: the dump is damaged")
+    return body[len(_MAGIC) :]

@@ -66,6 +66,7 @@ class KVEventStream:
         self._batches_queued = batches_queued
         self._replay_timeout = replay_timeout
         self._context: zmq.asyncio.Context | None = None
+        self._events: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -77,6 +78,7 @@ class KVEventStream:
             socket.bind(self._endpoint.events)
         else:
             socket.connect(self._endpoint.events)
+        self._events = socket
         self._task = asyncio.create_task(self._run(socket), name="llmd-kv-events")
 
     async def close(self) -> None:
@@ -88,7 +90,7 @@ class KVEventStream:
                 await task
         if self._context is not None:
             self._context.destroy(linger=0)
-            self._context = None
+            self._context = self._events = None
 
     async def _run(self, socket: zmq.asyncio.Socket) -> None:
         await self._replay(Gap(0, 0, 0))

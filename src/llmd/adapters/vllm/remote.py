@@ -32,6 +32,8 @@ class RemoteEngine(Engine):
         url: Where it is, without `/v1`.
         kv_endpoints: Where it publishes KV events, one for each rank; without
             any, nothing is known of its cache.
+        decoder: Knows already what it holds, from another process's dump, to go
+            with an index restored from there.
         max_running: Requests it batches at once (`--max-num-seqs`); it does not
             tell.
         priorities: It schedules by priority; others refuse requests with one.
@@ -50,6 +52,7 @@ class RemoteEngine(Engine):
         url: str,
         *,
         kv_endpoints: Sequence[KVEndpoint] = (),
+        decoder: KVEventDecoder | None = None,
         max_running: int = 256,
         priorities: bool = False,
         api_key: str = "",
@@ -59,6 +62,7 @@ class RemoteEngine(Engine):
         token_timeout: float = 600.0,
     ) -> None:
         self.url = url.rstrip("/")
+        self.decoder = decoder
         self._kv_endpoints = tuple(kv_endpoints)
         self._max_running = max_running
         self._priorities = priorities
@@ -175,9 +179,11 @@ class RemoteEngine(Engine):
     def _listen(
         self, server: Server, worker: WorkerId, report: Callable[[Report], None]
     ) -> None:
-        decoder = KVEventDecoder(worker)
+        if self.decoder is None:
+            self.decoder = KVEventDecoder(worker)
+        self.decoder.worker = worker
         for endpoint in self._kv_endpoints:
-            stream = KVEventStream(decoder, report, endpoint)
+            stream = KVEventStream(self.decoder, report, endpoint)
             stream.start()
             self._streams.append(stream)
         for watch in (

@@ -14,7 +14,7 @@ from .metrics import (
 )
 from .pods import Phase, Pod, Sample, Scene
 from .policy import SIGNALS, Hpa
-from .quantity import milli
+from .quantity import exact, milli
 
 __all__ = [
     "SIGNALS",
@@ -34,5 +34,6 @@ __all__ = [
     "Tolerance",
     "Utilization",
     "Value",
+    "exact",
     "milli",
 ]

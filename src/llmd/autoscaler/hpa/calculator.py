@@ -127,6 +127,8 @@ def requests_of(pods: Sequence[Pod], resource: str, container: str) -> dict[str,
             found[pod.name] = _requested(pod.requests, resource, pod.name)
             continue
         names = [container] if container else list(pod.containers)
+        if not names:
+            raise NoSignal(f"pod {pod.name!r} requests no {resource}")
         if container and container not in pod.containers:
             raise NoSignal(f"pod {pod.name!r} has no container {container!r}")
         found[pod.name] = sum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from .calculator import (
     requests_of,
     utilization,
 )
-from .pods import Sample, Scene
+from .pods import Pod, Sample, Scene
 from .quantity import milli
 
 
@@ -102,6 +102,14 @@ class Resource(Metric):
         """Where a scene's samples of it are."""
         return f"{self.container}/{self.name}" if self.container else self.name
 
+    def requests(self, pods: Sequence[Pod]) -> dict[str, int]:
+        """Return what each pod requests of it, in thousandths.
+
+        Raises:
+            NoSignal: One of them requests none, or has no such container.
+        """
+        return requests_of(pods, self.name, self.container)
+
     def count(self, scene: Scene, tolerance: Tolerance) -> int:
         samples = _samples(scene, self.key)
         count = partial(by_pod, scene, samples, tolerance, cpu=self.name == "cpu")
@@ -110,7 +118,7 @@ class Resource(Metric):
             return count(
                 ratio=lambda use: average(use, target), missing=lambda pod: target
             )
-        requests = requests_of(scene.pods, self.name, self.container)
+        requests = self.requests(scene.pods)
         percent = self.target.percent
         return count(
             ratio=lambda use: utilization(use, requests, percent),

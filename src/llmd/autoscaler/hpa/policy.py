@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from ...errors import NoSignal
+from ...errors import MissingRequest, NoSignal
 from ...recommendation import Recommendation
-from ...types import State
+from ...types import State, Worker
 from ...view import Floats, View
 from ..interface import Autoscaler
 from .controller import History, HpaSpec
-from .metrics import Resource
+from .metrics import Resource, Utilization
 from .pods import Phase, Pod, Sample, Scene
+from .quantity import Quantity
 
 _PHASES = {
     State.STARTING: Phase.PENDING,
@@ -24,6 +25,7 @@ _PHASES = {
 }
 
 Signal = Callable[[View], Floats | float]
+Requests = Mapping[str, Quantity]
 
 
 def _running(view: View) -> Floats:
@@ -79,6 +81,16 @@ class Hpa(Autoscaler):
         interval: Seconds between two passes.
         signals: Metrics by name, besides the known ones.  An underscore in a
             manifest stands for any sign that metric names cannot have there.
+            Resources go by their names, those of one container by
+            "container/resource".
+        requests: What a worker requests of each resource, by the same names,
+            or what tells so of a worker; a target of type Utilization is a
+            part of it.
+
+    Raises:
+        MissingRequest: A metric aims at a part of a request that `requests`
+            does not have.  One that a callable leaves out only shows in
+            `advice`, and holds the count: upstream's FailedGetResourceMetric.
 
     >>> from llmd.autoscaler.hpa import AverageValue, Pods
     >>> metric = Pods("vllm:num_requests_waiting", AverageValue(5))
@@ -89,6 +101,7 @@ class Hpa(Autoscaler):
     spec: HpaSpec
     interval: float = 15.0
     signals: Mapping[str, Signal] = attrs.field(factory=dict)
+    requests: Requests | Callable[[Worker], Requests] = attrs.field(factory=dict)
     _history: History = attrs.field(factory=History, init=False)
     _next: float = attrs.field(default=-math.inf, init=False)
 
@@ -96,6 +109,8 @@ class Hpa(Autoscaler):
         self.min_workers = self.spec.min_replicas
         self.max_workers = self.spec.max_replicas
         super().__attrs_post_init__()
+        if not callable(self.requests):
+            self._check(self.requests)
 
     def wanted(self, view: View) -> float:
         return float(self.recommend(view).workers)
@@ -111,13 +126,9 @@ class Hpa(Autoscaler):
     def scene(self, view: View) -> Scene:
         """Return what the HPA sees of the fleet."""
         workers = view.workers
+        asked = self.requests
         pods = [
-            Pod(
-                name=worker.id,
-                phase=_PHASES.get(state, Phase.RUNNING),
-                deleted=state is State.DRAINING or state is State.SLEEPING,
-                ready=state is State.READY,
-            )
+            self._pod(worker.id, state, asked(worker) if callable(asked) else asked)
             for worker, state in zip(workers.facts, workers.states, strict=True)
         ]
         samples: dict[str, dict[str, Sample]] = {}
@@ -144,6 +155,45 @@ class Hpa(Autoscaler):
             samples=samples,
             values=values,
         )
+
+    def _pod(self, name: str, state: State, requests: Requests) -> Pod:
+        """Return the pod that a worker is."""
+        whole: dict[str, Quantity] = {}
+        containers: dict[str, dict[str, Quantity]] = {}
+        for metric in self._resources:
+            if metric.key in requests:
+                container = metric.container
+                place = containers.setdefault(container, {}) if container else whole
+                place[metric.name] = requests[metric.key]
+        return Pod(
+            name=name,
+            phase=_PHASES.get(state, Phase.RUNNING),
+            deleted=state is State.DRAINING or state is State.SLEEPING,
+            ready=state is State.READY,
+            containers=containers,
+            requests=whole,
+        )
+
+    @property
+    def _resources(self) -> list[Resource]:
+        return [m for m in self.spec.metrics if isinstance(m, Resource)]
+
+    def _check(self, requests: Requests) -> None:
+        """Refuse what would hold the count for ever."""
+        pod = self._pod("each worker", State.READY, requests)
+        for metric in self._resources:
+            if not isinstance(metric.target, Utilization):
+                continue
+            try:
+                requested = metric.requests([pod])[pod.name]
+            except NoSignal:
+                requested = 0
+            if requested <= 0:
+                raise MissingRequest(
+                    f"{metric.key} is to be at {metric.target.percent} % of what a"
+                    f" worker requests, and nothing says how much that is: give"
+                    f" requests={{{metric.key!r}: ...}}, or aim at an AverageValue"
+                )
 
     def _signal(self, key: str) -> Signal:
         for names in (self.signals, SIGNALS):

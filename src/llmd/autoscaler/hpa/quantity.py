@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 from typing import TypeAlias
 
-from ...errors import InvalidPolicy
+from ...errors import InvalidPolicy, shown
 
 Quantity: TypeAlias = str | int | float | Fraction
 
@@ -36,21 +36,29 @@ def milli(quantity: Quantity) -> int:
     >>> milli("500m"), milli("8Gi"), milli(0.8), milli("1e3")
     (500, 8589934592000, 800, 1000000)
     """
-    thousandths = _value(quantity) * 1000
+    thousandths = exact(quantity) * 1000
     size = math.ceil(abs(thousandths))
     return size if thousandths >= 0 else -size
 
 
-def _value(quantity: Quantity) -> Fraction:
+def exact(quantity: Quantity) -> Fraction:
+    """Return *quantity* as it is.
+
+    Raises:
+        InvalidPolicy: It is no quantity.
+
+    >>> exact("500u"), exact(0.1)
+    (Fraction(1, 2000), Fraction(1, 10))
+    """
     if isinstance(quantity, bool):
-        raise InvalidPolicy(f"{quantity!r} is no quantity")
+        raise InvalidPolicy(f"{shown(quantity)} is no quantity")
     if isinstance(quantity, int | Fraction):
         return Fraction(quantity)
     # By way of its shortest decimal form, so that 0.1 is a tenth.
     text = repr(quantity) if isinstance(quantity, float) else str(quantity).strip()
     form = _FORM.fullmatch(text)
     if form is None:
-        raise InvalidPolicy(f"{quantity!r} is no quantity")
+        raise InvalidPolicy(f"{shown(quantity)} is no quantity")
     number, suffix = Fraction(form["number"]), form["suffix"] or ""
     if suffix in _FACTORS:
         return number * _FACTORS[suffix]
