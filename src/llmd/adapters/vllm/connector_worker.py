@@ -17,6 +17,7 @@ from ...transport.interface import (
     Fetch,
     KVTransport,
     Offer,
+    Report,
     Side,
     TransferEnded,
     TransferId,
@@ -58,6 +59,8 @@ class WorkerSide:
         self._saved: dict[TransferId, list[int]] = {}
         # Layers that the present step has gathered.
         self._gathered: set[int] = set()
+        # Freed while layers of theirs were still to be gathered.
+        self._deferred: list[Report] = []
         self._sent: dict[TransferId, list[int]] = {}
         self._waiting: dict[TransferId, _Waiting] = {}
         self._held: dict[TransferId, list[int]] = {}
@@ -118,6 +121,8 @@ class WorkerSide:
 
     def save(self, plan: Plan) -> None:
         """Gather what a step has computed; offer the prompts that are complete."""
+        if not plan.saves:
+            return
         left = set(range(len(self._of_staging().names))) - self._gathered
         whole = not self._gathered
         self._gathered.clear()
@@ -243,8 +248,12 @@ class WorkerSide:
         """Take in what the transport has to tell."""
         if self._transport is None:
             return
-        for report in self._transport.poll():
-            if isinstance(report, BlocksFreed):
+        reports, self._deferred = [*self._deferred, *self._transport.poll()], []
+        for report in reports:
+            if isinstance(report, BlocksFreed) and report.id in self._saved:
+                # Given up in its last step, whose other layers still go there.
+                self._deferred.append(report)
+            elif isinstance(report, BlocksFreed):
                 held = self._held if report.side is Side.TARGET else self._sent
                 self._of_staging().give_when_done(held.pop(report.id, []))
             elif report.side is Side.TARGET:
