@@ -9,7 +9,7 @@ import pytest
 
 import llmd
 from llmd import errors
-from llmd.live import Server
+from llmd.live import Promise, Server
 
 
 def request(id="r", prompt=(7, 8, 9), **more):
@@ -331,6 +331,40 @@ async def test_prefill_elsewhere_or_not_at_all(make_engine, fault):
         handed = decode.calls[-1].kv_transfer
         assert handed == (None if fault else {"from": "here"})
         assert server.counts["prefill_failures"] == bool(fault)
+        assert booked(server) == 0
+
+
+def promising(engine):
+    engine.promise = lambda request: Promise(prefill={"to": "d"}, decode={"of": "p"})
+    return engine
+
+
+@pytest.mark.parametrize("fault", ["", "error", "die", "hang"])
+async def test_a_promised_prompt_is_waited_for_where_it_is_decoded(make_engine, fault):
+    prefill, decode = promising(make_engine(fault=fault)), make_engine()
+    server = Server(llmd.Cluster(router=Split()), prefill_timeout=0.1)
+    async with server:
+        await server.add(prefill, "p")
+        await server.add(decode, "d")
+        assert await collect(server, request(max_new_tokens=30)) == [7] * 30
+        assert prefill.calls[0].prefill_only
+        assert prefill.calls[0].kv_transfer == {"to": "d"}
+        assert decode.calls[0].kv_transfer == {"of": "p"}
+        assert not prefill.running
+        assert booked(server) == 0
+
+
+async def test_a_promise_that_nobody_waits_for_any_more_is_aborted(make_engine):
+    prefill, decode = promising(make_engine(fault="hang")), make_engine()
+    async with Server(llmd.Cluster(router=Split())) as server:
+        await server.add(prefill, "p")
+        await server.add(decode, "d")
+        stream = server.generate(request(max_new_tokens=900))
+        await anext(stream)
+        assert prefill.running
+        await stream.aclose()
+        assert not prefill.running
+        assert not decode.running
         assert booked(server) == 0
 
 

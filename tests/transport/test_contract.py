@@ -166,6 +166,17 @@ def test_layers_go_as_they_are_ready_and_not_before(pair):
     assert pair.same([8, 9], [1, 2])
 
 
+@pytest.mark.parametrize("blocks", [[], [5]])
+def test_an_offer_that_comes_when_nobody_wants_it_any_more_ends(pair, blocks):
+    id = TransferId.fresh("r")
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=blocks, early=True))
+    pair.target.cancel(id, "the client went away")
+    pair.until(lambda: pair.free(id))
+    pair.source.offer(Offer(id=id, blocks=[1], ready=False))
+    pair.until(lambda: pair.free(id, Side.SOURCE))
+    assert pair.ended(id, Side.SOURCE).error
+
+
 def test_a_fetch_of_nothing_lets_the_offer_go(pair):
     id = TransferId.fresh("r")
     pair.source.offer(Offer(id=id, blocks=[1]))

@@ -162,6 +162,22 @@ def test_a_hung_source_keeps_its_blocks_in_quarantine_until_it_wakes(here, peers
     assert here.transport.counts["quarantined_blocks"] == 0
 
 
+@pytest.mark.parametrize("fault", ["kill", "close"])
+def test_a_peer_that_goes_while_nothing_is_open_is_let_go(here, peers, fault):
+    peer = peers()
+    id = fetch(here, peer, [1, 2])
+    p.wait_for(lambda: here.freed(id))
+    assert here.transport.counts["peers"] == 1
+    if fault == "kill":
+        peer.kill()
+    else:
+        peer.do("close")
+    p.wait_for(lambda: not here.transport.counts["peers"])
+    carrier = here.transport._carrier
+    assert not carrier._known
+    assert not carrier._reached
+
+
 def here_peer(here):
     (name,) = here.transport._endpoint.peers
     return name

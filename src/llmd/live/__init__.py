@@ -1,6 +1,6 @@
 """A driver in real time on asyncio: the same cluster, real engines."""
 
-from .engine import Call, Engine, Output, Report
+from .engine import Call, Engine, Output, Promise, Report
 from .lease import Lease
 from .pool import EnginePool
 from .server import Server
@@ -13,6 +13,7 @@ __all__ = [
     "EnginePool",
     "Lease",
     "Output",
+    "Promise",
     "Report",
     "Server",
     "Sessions",

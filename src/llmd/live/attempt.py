@@ -8,9 +8,12 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from .. import events as e
+from ..decision import Decision
 from ..errors import EngineError, InvalidRequest, WorkerLost
-from ..types import Request, WorkerId
+from ..types import WorkerId
 from .engine import Call, Engine, Output
 from .ticket import Interrupted, Ticket
 
@@ -34,24 +37,23 @@ async def attempt(
     assert decision is not None, "attempted before it was placed"
     worker = decision.decode
     try:
-        transfer = None
         request = ticket.rest()
         if request is None:
             yield Output(finish_reason="length")
             server.end(ticket)
             return
-        if decision.first != worker:
-            transfer = await _prefill(server, ticket, decision.first, request, sampling)
-        call = Call(request=request, sampling=sampling, kv_transfer=transfer)
-        async for output in _outputs(server.engine(worker), ticket, call):
-            _report(server, ticket, worker, output)
-            ticket.note(output)
-            try:
-                yield output
-            except BaseException:
-                # The client is gone: free its place before anything is awaited.
-                server.leave(ticket)
-                raise
+        call = Call(request=request, sampling=sampling)
+        async with _prefilled(server, ticket, decision, call) as transfer:
+            call = attrs.evolve(call, kv_transfer=transfer)
+            async for output in _outputs(server.engine(worker), ticket, call):
+                _report(server, ticket, worker, output)
+                ticket.note(output)
+                try:
+                    yield output
+                except BaseException:
+                    # The client is gone: free its place before anything is awaited.
+                    server.leave(ticket)
+                    raise
         server.end(ticket)
     except Interrupted:
         return
@@ -115,19 +117,41 @@ def _report(server: Server, ticket: Ticket, worker: WorkerId, output: Output) ->
         server.handle(e.TokensGenerated(server.clock(), worker, id, tokens))
 
 
+@contextlib.asynccontextmanager
+async def _prefilled(
+    server: Server, ticket: Ticket, decision: Decision, call: Call
+) -> AsyncGenerator[Mapping[str, Any] | None, None]:
+    """Give what hands the prompt's KV over, if another worker computes it.
+
+    Where its engine can promise that, the prompt is still computed meanwhile; the
+    decode engine hears from the other one if nothing comes of it.
+    """
+    worker = decision.first
+    if worker == decision.decode:
+        yield None
+        return
+    call = attrs.evolve(call, prefill_only=True)
+    promise = server.engine(worker).promise(call.request)
+    if promise is None:
+        yield await _prefill(server, ticket, worker, call)
+        return
+    call = attrs.evolve(call, kv_transfer=promise.prefill)
+    computing = asyncio.create_task(_prefill(server, ticket, worker, call))
+    try:
+        yield promise.decode
+    finally:
+        computing.cancel()
+        await asyncio.gather(computing, return_exceptions=True)
+
+
 async def _prefill(
-    server: Server,
-    ticket: Ticket,
-    worker: WorkerId,
-    request: Request,
-    sampling: Mapping[str, Any],
+    server: Server, ticket: Ticket, worker: WorkerId, call: Call
 ) -> Mapping[str, Any] | None:
     """Compute the prompt on *worker* and return what hands its KV over.
 
     Returns:
         None if it failed: the decode worker computes the prompt itself.
     """
-    call = Call(request=request, sampling=sampling, prefill_only=True)
     transfer = None
     try:
         async with asyncio.timeout(server.prefill_timeout):

@@ -56,6 +56,19 @@ class Output:
     kv_transfer: Mapping[str, Any] | None = None
 
 
+@attrs.frozen
+class Promise:
+    """What hands over a prompt's KV that is not computed yet; opaque.
+
+    Attributes:
+        prefill: For the call that computes it, its `Call.kv_transfer`.
+        decode: For the call that goes on from there, on another engine.
+    """
+
+    prefill: Mapping[str, Any]
+    decode: Mapping[str, Any]
+
+
 class Engine(abc.ABC):
     """One inference worker, whatever runs it.
 
@@ -100,6 +113,13 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     async def stop(self) -> None:
         """End the engine and all it started; idempotent."""
+
+    def promise(self, request: Request) -> Promise | None:
+        """Return how another engine may wait for the KV of *request* already.
+
+        None, the default: it is told only when the prompt has been computed.
+        """
+        return None
 
     async def died(self) -> str:
         """Return, when the engine dies without `stop`, what happened.

@@ -43,7 +43,8 @@ class Ticket:
     said: list[int] | None = attrs.field(factory=list)
     ended: bool = False
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
-    _scope: asyncio.Timeout | None = attrs.field(default=None, init=False)
+    # Of what is awaited just now: the answer and, perhaps, its prefill.
+    _scopes: set[asyncio.Timeout] = attrs.field(factory=set, init=False)
 
     def dispatch(self, decision: Decision) -> None:
         """Let the client go on to a worker."""
@@ -103,17 +104,19 @@ class Ticket:
         Raises:
             Interrupted: It was; *work* is cancelled.
         """
+        scope = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as scope:
-                self._scope = scope
+            async with scope:
+                self._scopes.add(scope)
                 return await work
         except TimeoutError:
             if scope.expired():
                 raise Interrupted from None
             raise
         finally:
-            self._scope = None
+            self._scopes.discard(scope)
 
     def _interrupt(self) -> None:
-        if self._scope is not None and not self._scope.expired():
-            self._scope.reschedule(0.0)
+        for scope in self._scopes:
+            if not scope.expired():
+                scope.reschedule(0.0)

@@ -164,8 +164,14 @@ class Endpoint:
         self.sources.tick(now)
         for slow in self.targets.tick(now):
             self.peers[slow].breaker.failed(now)
-        for id in self._busy():
-            self._watch(id, self.peers[id], now)
+        busy = self._busy()
+        for id, peer in self.peers.items():
+            if id in busy:
+                self._watch(id, peer, now)
+            elif now - max(peer.heard_at, peer.sent_at) >= self.settings.idle_s:
+                # Who is dead cannot be sent to, which the driver tells `died`.
+                peer.sent_at = now
+                self.outbox.send(id, Frame(Kind.BEAT))
         self.sources.pump()
 
     def close(self, now: float) -> None:

@@ -227,8 +227,8 @@ class KVTransport(abc.ABC):
     def counts(self) -> Mapping[str, int]:
         """Totals since the start, for metrics and leak checks.
 
-        `offers`, `fetches`, `writes` and `quarantined_blocks` are what is held
-        now; the others only grow.
+        `offers`, `fetches`, `writes`, `quarantined_blocks` and `peers` are what is
+        held now; the others only grow.
         """
 
     @abc.abstractmethod

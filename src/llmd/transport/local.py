@@ -258,6 +258,7 @@ def held(endpoint: Endpoint) -> Mapping[str, int]:
         "fetches": len(targets.fetches),
         "writes": len(sources.flying),
         "quarantined_blocks": len(targets.taken),
+        "peers": len(endpoint.peers),
     }
 
 

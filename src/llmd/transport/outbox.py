@@ -76,6 +76,8 @@ class Settings:
         max_attempts: Writes of one block before the transfer fails.
         heartbeat_s: Between signs of life while transfers are open.
         silence_s: Without a sign of life after which a peer counts as hung.
+        idle_s: Between looks at peers that nothing is open with: whether they
+            are still there, so that what is held for the dead is let go.
         early_asks: Early requests held for offers still to come, at most.
     """
 
@@ -84,6 +86,7 @@ class Settings:
     max_attempts: int = 3
     heartbeat_s: float = 0.2
     silence_s: float = 2.0
+    idle_s: float = 5.0
     early_asks: int = 4096
 
 

@@ -32,6 +32,9 @@ class Sources:
         """Begin an offer; serve who asked for it early."""
         outgoing = Outgoing(offer, self.layers, now + offer.timeout_s)
         self.offers[offer.id] = outgoing
+        if offer.id in self._aborted:
+            self.fail(outgoing, "given up before it was offered", now)
+            return
         early = self._early.pop(offer.id, None)
         if early is not None:
             self.ask(early[0], early[1], now)

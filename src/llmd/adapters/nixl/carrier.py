@@ -20,6 +20,7 @@ from .slab import Slab, descriptors
 
 _log = logging.getLogger(__name__)
 _LOCAL = "NIXL_INIT_AGENT"
+_LOOKS_AT_A_WRITE = 4
 
 
 @attrs.define(eq=False)
@@ -42,11 +43,13 @@ class Carrier:
     Attributes:
         endpoint: What to carry for.
         slab: What to register, once, in as few regions as it has.
+        tell: Called when there are reports, before the peer is answered.
         written: Some write has ended well.
     """
 
     endpoint: Endpoint
     slab: Slab
+    tell: Callable[[], object]
     written: bool = attrs.field(default=False, init=False)
     _agent: Any = attrs.field(init=False)
     _local: Any = attrs.field(init=False)
@@ -80,7 +83,6 @@ class Carrier:
         """Make a peer writable; return whether it is."""
         if address.id in self._reached:
             return True
-        self._known[address.id] = address
         try:
             self._agent.add_remote_agent(address.metadata)
             blocks = self._prepare(
@@ -93,6 +95,7 @@ class Carrier:
         except Exception as error:
             self.endpoint.died(address.id, f"NIXL refuses the peer: {error}", now)
             return False
+        self._known[address.id] = address
         self._reached[address.id] = _Reached(address, blocks)
         return True
 
@@ -102,6 +105,8 @@ class Carrier:
         for sender, messages in self._agent.get_new_notifs().items():
             for message in messages:
                 self.endpoint.heard(sender, message, now)
+                if self.endpoint.outbox.reports:
+                    self.tell()
                 self.carry()
             moved = True
         for token in list(self._flying):
@@ -183,7 +188,10 @@ class Carrier:
             del self._flying[write.token]
             self._abandoned.append(handle)
             raise
-        self._check(write.token, time.monotonic())
+        # What UCX copies at once, it notifies the peer of when it is looked at again.
+        for _ in range(_LOOKS_AT_A_WRITE):
+            if self._check(write.token, time.monotonic()):
+                break
 
     def _check(self, token: int, now: float) -> bool:
         """Report a write if it has ended."""
@@ -214,6 +222,8 @@ class Carrier:
         """
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
             self._abandoned.append(self._flying.pop(token)[1])
+        if peer not in self.endpoint.peers:
+            self._known.pop(peer, None)
         if self._reached.pop(peer, None) is not None:
             try:
                 self._agent.remove_remote_agent(peer)

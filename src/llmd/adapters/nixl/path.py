@@ -1,10 +1,15 @@
 """Which way UCX sends bytes, read from its own log.
 
 `UCX_PROTO_INFO` makes UCX print a table for each kind of operation between two
-ends, with the protocol of each range of sizes:
+ends, with the protocol of each range of sizes.  Its title is two lines or one
+with two cells, whichever is narrower:
 
+    | agent intra-node cfg#1                                   |
     | remote memory write by ucp_put* from host memory to host |
     | 0..inf | zero-copy   | cma/memory                        |
+
+    | agent intra-node cfg#1 | remote memory write by ucp_put*(multi) from ... |
+    |                 0..inf | zero-copy      | cuda_ipc/cuda                 |
 """
 
 from __future__ import annotations
@@ -12,12 +17,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import uuid
 from pathlib import Path as File
 
 import attrs
 
-_ROW = re.compile(r"\|\s*([\w.<>+ ]+?)\s*\|\s*([^|]+?)\s*\|\s*([^|]+?)\s*\|\s*$")
-_SLOW = ("tcp",)
+_LINE = re.compile(r"\[[^\]]*:(\d+) *:\d+\]\s*\|(.*)\|\s*$")
+_ENDPOINT = re.compile(r"(self|intra-node|inter-node) cfg#\d+$")
+_SLOW = re.compile(r"\btcp/")
 
 
 @attrs.frozen
@@ -29,6 +36,7 @@ class Path:
         sizes: Bytes it is for.
         protocol: How, for example "zero-copy".
         lanes: Over what, for example "cma/memory" or "cuda_ipc/cuda".
+        between: "intra-node", "inter-node", or "self" for an agent's own loop.
 
     >>> Path("remote memory write", "0..inf", "zero-copy", "tcp/lo").slow
     True
@@ -38,11 +46,12 @@ class Path:
     sizes: str
     protocol: str
     lanes: str
+    between: str = ""
 
     @property
     def slow(self) -> bool:
         """It goes through the kernel's network stack."""
-        return self.lanes.startswith(_SLOW) or "/tcp" in self.lanes
+        return _SLOW.search(self.lanes) is not None
 
     @property
     def writes(self) -> bool:
@@ -55,10 +64,12 @@ class PathLog:
     """A log that UCX writes its choices to, of all agents of this process.
 
     UCX reads its environment once, when its first context is made, so this
-    must be made before the first NIXL agent of the process.
+    must be made before the first NIXL agent of the process.  Two processes that
+    log to one file overwrite each other, so its children, which inherit the
+    environment, log to files of their own.
 
     Attributes:
-        file: The log.
+        file: The log; `%p` stands for the process id.
     """
 
     file: File
@@ -69,16 +80,17 @@ class PathLog:
         if "UCX_LOG_FILE" in os.environ:
             chosen = File(os.environ["UCX_LOG_FILE"])
             return cls(chosen) if os.environ.get("UCX_PROTO_INFO") == "y" else None
-        handle, name = tempfile.mkstemp(prefix="llmd-ucx-", suffix=".log")
-        os.close(handle)
-        os.environ["UCX_LOG_FILE"] = name
+        name = f"llmd-ucx-{uuid.uuid4().hex}-%p.log"
+        file = File(tempfile.gettempdir()) / name
+        os.environ["UCX_LOG_FILE"] = str(file)
         os.environ.setdefault("UCX_PROTO_INFO", "y")
-        return cls(File(name))
+        return cls(file)
 
     def paths(self) -> list[Path]:
         """Return what was chosen so far, oldest first."""
         try:
-            return parse(self.file.read_text(errors="replace"))
+            own = File(str(self.file).replace("%p", str(os.getpid())))
+            return parse(own.read_text(errors="replace"), os.getpid())
         except OSError:
             return []
 
@@ -89,29 +101,44 @@ class PathLog:
         to write from, so a GPU's slab has a table for host memory too.
         """
         origin = "from cuda" if memory == "VRAM" else "from host"
-        writes = [path for path in self.paths() if path.writes]
-        large = [path for path in writes if path.sizes.endswith("inf")]
-        ours = [path for path in large if origin in path.operation]
+        ours = [
+            path
+            for path in self.paths()
+            if path.writes
+            and path.between != "self"
+            and path.sizes.endswith("inf")
+            and origin in path.operation
+        ]
         return ours[-1] if ours else None
 
 
-def parse(log: str) -> list[Path]:
-    """Read the tables in *log*.
+def parse(log: str, process: int) -> list[Path]:
+    """Read the tables that *process* wrote to *log*.
 
     >>> parse('''
-    ... |  remote memory write by ucp_put* from host memory to host  |
-    ... |  Range  |  Description  |  Config  |
-    ... |  0..inf  |  zero-copy  |  cma/memory  |
-    ... ''')[0].lanes
+    ... [1.0] [host:7:0] | agent intra-node cfg#1                    |
+    ... [1.0] [host:7:0] | remote memory write by ucp_put* from host |
+    ... [1.0] [host:7:0] |  Range   |  Description  |  Config        |
+    ... [1.0] [host:7:0] |  0..inf  |  zero-copy    |  cma/memory    |
+    ... ''', 7)[0].lanes
     'cma/memory'
     """
-    found, operation = [], ""
+    found, between, operation = [], "", ""
     for line in log.splitlines():
-        cells = [cell.strip() for cell in line.partition("|")[2].split("|")][:-1]
-        if len(cells) == 1 and not cells[0].endswith(tuple("0123456789")):
-            operation = cells[0]
+        match = _LINE.search(line)
+        if match is None or int(match[1]) != process:
+            continue
+        cells = [cell.strip() for cell in match[2].split("|")]
+        if len(cells) < 3:
+            for cell in cells:
+                endpoint = _ENDPOINT.search(cell)
+                if endpoint is None:
+                    operation = cell
+                else:
+                    between = endpoint[1]
         elif len(cells) == 3 and cells[0] != "Range":
-            found.append(Path(operation, *cells))
+            sizes, protocol, lanes = cells
+            found.append(Path(operation, sizes, protocol, lanes, between))
     return found
 
 

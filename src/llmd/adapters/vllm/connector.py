@@ -3,7 +3,8 @@
     prefill engine                                   decode engine
     each step: gather what it computed               asks for the blocks,
       into a staging slab                              into its own staging slab
-    prompt done: offer it           <-- fetch --
+    prompt done: offer it,          <-- fetch --
+      or in its last step, layer by layer
                                     == write ==>     verified: scatter into
                                                        the request's blocks
 
@@ -86,6 +87,12 @@ class LlmdConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # In the worker.
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the worker holds; see `TransferCounts`."""
+        counts: dict[str, int] = self._worker.counts()
+        return counts
+
     def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
         self._worker.open(kv_caches)
 
@@ -101,7 +108,7 @@ class LlmdConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Layers are gathered together, in `wait_for_save`."""
+        self._worker.save_layer(self._get_connector_metadata(), layer_name)
 
     def wait_for_save(self) -> None:
         self._worker.save(self._get_connector_metadata())

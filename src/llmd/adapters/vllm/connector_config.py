@@ -12,6 +12,7 @@ def transfer_config(
     timeout_s: float = 10.0,
     offer_s: float = 30.0,
     checksums: bool = True,
+    layerwise: bool = False,
 ) -> dict[str, Any]:
     """Return the `kv_transfer_config` with which vLLM loads `LlmdConnector`.
 
@@ -24,6 +25,8 @@ def transfer_config(
         timeout_s: After which the decode engine computes the prompt itself.
         offer_s: How long the prefill engine keeps a prompt's KV in staging.
         checksums: Check every block on arrival.
+        layerwise: Let each layer go while later ones compute, to a decode engine
+            that has asked already; otherwise all go when the prompt is complete.
 
     >>> transfer_config(role="kv_producer")["kv_load_failure_policy"]
     'recompute'
@@ -38,8 +41,28 @@ def transfer_config(
             "timeout_s": timeout_s,
             "offer_s": offer_s,
             "checksums": checksums,
+            "layerwise": layerwise,
         },
     }
+
+
+def ours(config: Any) -> bool:
+    """Say whether a `kv_transfer_config` loads `LlmdConnector`.
+
+    >>> ours(transfer_config()), ours(nixl_config()), ours(None)
+    (True, False, False)
+    """
+    return isinstance(config, dict) and config.get("kv_connector") == "LlmdConnector"
+
+
+def layerwise(config: Any) -> bool:
+    """Say whether it lets each layer go while later ones compute.
+
+    >>> layerwise(transfer_config(layerwise=True)), layerwise(transfer_config())
+    (True, False)
+    """
+    extra = config.get("kv_connector_extra_config") if ours(config) else None
+    return bool(extra and extra.get("layerwise"))
 
 
 def nixl_config(

@@ -17,10 +17,11 @@ from ...transport.outbox import Blocks
 from ..nixl.slab import xxh3
 
 _log = logging.getLogger(__name__)
+EVERY = slice(None)
 
 
 class Mover(abc.ABC):
-    """Moves blocks of all layers at once.
+    """Moves blocks of many layers at once.
 
     Attributes:
         order: How a block's values lie in a slot.
@@ -29,8 +30,10 @@ class Mover(abc.ABC):
     order: str
 
     @abc.abstractmethod
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy blocks of the caches into slots."""
+    def gather(
+        self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
+    ) -> None:
+        """Copy blocks of the caches into slots, of some layers or all."""
 
     @abc.abstractmethod
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
@@ -63,9 +66,12 @@ class TorchMover(Mover):
         self._layers, self._slab = layers, slab
         self.order = "x".join(map(str, layers[0].shape[1:]))
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+    def gather(
+        self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
+    ) -> None:
         index, place = self._index(blocks), self._where(slots)
-        for layer, staged in zip(self._layers, self._slab, strict=True):
+        pairs = zip(self._layers[layers], self._slab[layers], strict=True)
+        for layer, staged in pairs:
             taken = layer.index_select(0, index).contiguous()
             staged[place] = taken.view(len(taken), -1).view(torch.uint8)
 
@@ -107,11 +113,13 @@ class KernelMover(Mover):
         self.order = f"{tuple(first.shape[1:])} by {first.stride()[1:]}"
         self._side = torch.cuda.Stream(slab.device)
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        self._move(blocks, slots, gather=True)
+    def gather(
+        self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
+    ) -> None:
+        self._move(blocks, slots, layers, gather=True)
 
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        self._move(blocks, slots, gather=False)
+        self._move(blocks, slots, EVERY, gather=False)
 
     def sums(self, first: int, last: int, slots: Blocks) -> Words:
         # In a stream of its own: the engine's may be busy for a long time.
@@ -121,14 +129,19 @@ class KernelMover(Mover):
         return np.asarray(found.numpy().view(np.uint64).ravel())
 
     def _move(
-        self, blocks: Sequence[int], slots: Sequence[int], *, gather: bool
+        self,
+        blocks: Sequence[int],
+        slots: Sequence[int],
+        layers: slice,
+        *,
+        gather: bool,
     ) -> None:
         index = torch.tensor(blocks, dtype=torch.int64, device=self._slab.device)
         for start, stop in runs(slots):
             self._kernels.move(
-                self._bases,
+                self._bases[layers],
                 index[start:stop],
-                self._slab,
+                self._slab[layers],
                 slots[start],
                 block_words=self._slab.shape[2],
                 stride_words=self._stride_words,

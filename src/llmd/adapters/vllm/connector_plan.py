@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
+from ...live.engine import Promise
 from ...transport.interface import TransferId
 
 
@@ -87,6 +88,43 @@ def to_params(id: TransferId, addresses: Mapping[str, str]) -> dict[str, Any]:
         "llmd_generation": str(id.generation),
         "llmd_addresses": dict(addresses),
     }
+
+
+def to_reserve(id: TransferId) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that let a prefill engine call a hand-off *id*.
+
+    Who knows the name and the engine's addresses beforehand can send the decode
+    engine off, with `to_params`, while the prompt is still computed.
+    """
+    return {
+        "do_remote_decode": True,
+        "do_remote_prefill": False,
+        "llmd_request": id.request,
+        "llmd_generation": str(id.generation),
+    }
+
+
+def reserved(params: Mapping[str, Any]) -> TransferId | None:
+    """Return the name that *params* give a hand-off, if they do.
+
+    >>> reserved(to_reserve(TransferId("r", 7)))
+    TransferId(request='r', generation=7)
+    """
+    if "llmd_generation" not in params:
+        return None
+    return TransferId(params["llmd_request"], int(params["llmd_generation"]))
+
+
+def promise(request: str, handed: Mapping[str, Any]) -> Promise | None:
+    """Return a hand-off named anew, to who is reached where *handed* says.
+
+    None if it says nothing, as before an engine's first hand-off.
+    """
+    addresses = handed.get("llmd_addresses")
+    if addresses is None:
+        return None
+    id = TransferId.fresh(request)
+    return Promise(prefill=to_reserve(id), decode=to_params(id, addresses))
 
 
 def from_params(

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from ...transport.interface import TransferId
-from .connector_plan import Load, Plan, Save, from_params, to_params
+from .connector_plan import Load, Plan, Save, from_params, reserved, to_params
 
 
 @attrs.define(eq=False)
@@ -55,7 +55,8 @@ class SchedulerSide:
         name = request.request_id
         if params.get("do_remote_decode") and name not in self._prompts:
             tokens = int(request.num_prompt_tokens) - 1
-            self._prompts[name] = _Prompt(TransferId.fresh(name), tokens)
+            id = reserved(params) or TransferId.fresh(name)
+            self._prompts[name] = _Prompt(id, tokens)
         found = from_params(params)
         if found is None or name in self._tried:
             return

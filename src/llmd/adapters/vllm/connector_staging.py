@@ -12,7 +12,7 @@ import torch
 from ...errors import TransferError
 from ...transport.interface import Layout
 from ..nixl.slab import Slab
-from .connector_mover import by_block, mover
+from .connector_mover import EVERY, by_block, mover
 
 
 @attrs.define(eq=False)
@@ -62,6 +62,10 @@ class Staging:
 
     On a GPU both are kernels on the engine's own stream, so they are in order
     with its steps.
+
+    Attributes:
+        names: Of the layers, in their order in the slab.
+        slots: Which of the slab are free.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Staging:
         Raises:
             TransferError: The layers differ, or have no axis of blocks.
         """
+        self.names = tuple(caches)
         blocks = vllm_config.cache_config.num_gpu_blocks
         layers = [by_block(name, cache, blocks) for name, cache in caches.items()]
         first = layers[0]
@@ -116,9 +121,11 @@ class Staging:
             owner=tensor,
         )
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy blocks of the caches into slots."""
-        self._mover.gather(blocks, slots)
+    def gather(
+        self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
+    ) -> None:
+        """Copy blocks of the caches into slots, of some layers or all."""
+        self._mover.gather(blocks, slots, layers)
 
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy slots into blocks of the caches."""

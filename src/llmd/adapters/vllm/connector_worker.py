@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,10 +17,12 @@ from ...transport.interface import (
     Fetch,
     KVTransport,
     Offer,
+    Report,
     Side,
     TransferEnded,
     TransferId,
 )
+from .connector_mover import EVERY
 from .connector_plan import Load, Plan, Save, to_address, to_text
 from .connector_staging import Staging
 
@@ -47,12 +49,18 @@ class WorkerSide:
         self._timeout_s = float(extra.get("timeout_s", 10.0))
         self._offer_s = float(extra.get("offer_s", 30.0))
         self._checksums = bool(extra.get("checksums", True))
+        self._layerwise = bool(extra.get("layerwise", False))
         self._staging: Staging | None = None
         self._transport: KVTransport | None = None
         self._woken = threading.Event()
         # Offers wait here for the GPU to have gathered what they offer.
         self._later = ThreadPoolExecutor(1, thread_name_prefix="llmd-offers")
+        # Slots of prompts not complete yet; none if there was no room.
         self._saved: dict[TransferId, list[int]] = {}
+        # Layers that the present step has gathered.
+        self._gathered: set[int] = set()
+        # Freed while layers of theirs were still to be gathered.
+        self._deferred: list[Report] = []
         self._sent: dict[TransferId, list[int]] = {}
         self._waiting: dict[TransferId, _Waiting] = {}
         self._held: dict[TransferId, list[int]] = {}
@@ -102,10 +110,28 @@ class WorkerSide:
                 _log.warning("%s computes its prompt here: %s", load.request, error)
                 self._failed(load)
 
+    def save_layer(self, plan: Plan, name: str) -> None:
+        """Gather a layer that was just computed; let it go where it is complete."""
+        if not self._layerwise or not plan.saves:
+            return
+        layer = self._of_staging().names.index(name)
+        self._gathered.add(layer)
+        for save in plan.saves:
+            self._gather(save, slice(layer, layer + 1))
+
     def save(self, plan: Plan) -> None:
         """Gather what a step has computed; offer the prompts that are complete."""
+        if not plan.saves:
+            return
+        left = set(range(len(self._of_staging().names))) - self._gathered
+        whole = not self._gathered
+        self._gathered.clear()
         for save in plan.saves:
-            self._save(save)
+            # Layers that vLLM told nothing of: all, if it runs a captured graph.
+            for layers in [EVERY] if whole else [slice(i, i + 1) for i in left]:
+                self._gather(save, layers)
+            if save.last:
+                self._saved.pop(save.id, None)
 
     def loaded(self) -> set[str]:
         """Return the requests whose load ended, well or not."""
@@ -122,6 +148,15 @@ class WorkerSide:
         """Return the engine's blocks that hold nothing, each once."""
         errors, self._errors = self._errors, set()
         return errors
+
+    def counts(self) -> dict[str, int]:
+        """Return what the transport and the staging slab hold; none before `open`."""
+        if self._transport is None:
+            return {}
+        self._collect()
+        slots = self._of_staging().slots
+        held = {"staging_slots": slots.count, "free_slots": slots.free}
+        return {**self._transport.counts, **held}
 
     def close(self) -> None:
         """Tell the peers and let go of the slab; idempotent."""
@@ -158,26 +193,41 @@ class WorkerSide:
             self._errors.update(load.blocks)
             self._ended.add(load.request)
 
-    def _save(self, save: Save) -> None:
-        staging, transport = self._of_staging(), self._transport
-        assert transport is not None, "a step before the caches were there"
+    def _gather(self, save: Save, layers: slice) -> None:
+        slots = self._slots(save)
+        if not slots:
+            return
+        stop = save.start + len(save.blocks)
+        self._of_staging().gather(save.blocks, slots[save.start : stop], layers)
+        if save.last:
+            self._let_go(save.id, slots, layers)
+
+    def _slots(self, save: Save) -> list[int]:
+        """Return the slots of a whole prompt, so that what is written lies together."""
         slots = self._saved.get(save.id)
         if slots is None:
-            # For the whole prompt, so that what is written lies together.
-            slots = self._take(save.total) if save.start == 0 else None
-            if slots is None:
-                _log.warning("%s is not handed off: staging is full", save.id.request)
-                transport.cancel(save.id, "the prefill engine's staging is full")
-                return
+            # A name that is in use was not made by `TransferId.fresh`.
+            begins = save.start == 0 and save.id not in self._sent
+            slots = (self._take(save.total) if begins else None) or []
             self._saved[save.id] = slots
-        stop = save.start + len(save.blocks)
-        staging.gather(save.blocks, slots[save.start : stop])
-        if save.last:
-            del self._saved[save.id]
-            self._sent[save.id] = slots
-            done = staging.mark()
-            offer = Offer(id=save.id, blocks=slots, timeout_s=self._offer_s)
+            if not slots:
+                _log.warning("%s is not handed off: staging is full", save.id.request)
+                reason = "the prefill engine's staging is full"
+                self._transport_of().cancel(save.id, reason)
+        return slots
+
+    def _let_go(self, id: TransferId, slots: list[int], layers: slice) -> None:
+        """Offer a prompt, and of it the layers that are complete."""
+        transport, done = self._transport_of(), self._of_staging().mark()
+        count = len(self._of_staging().names)
+        if id not in self._sent:
+            self._sent[id] = slots
+            offer = Offer(
+                id=id, blocks=slots, timeout_s=self._offer_s, ready=layers == EVERY
+            )
             self._later.submit(_offer, transport, offer, done)
+        if layers != EVERY:
+            self._later.submit(_ready, transport, id, range(count)[layers], done)
 
     def _drop(self, id: TransferId) -> None:
         slots = self._saved.pop(id, None)
@@ -198,8 +248,12 @@ class WorkerSide:
         """Take in what the transport has to tell."""
         if self._transport is None:
             return
-        for report in self._transport.poll():
-            if isinstance(report, BlocksFreed):
+        reports, self._deferred = [*self._deferred, *self._transport.poll()], []
+        for report in reports:
+            if isinstance(report, BlocksFreed) and report.id in self._saved:
+                # Given up in its last step, whose other layers still go there.
+                self._deferred.append(report)
+            elif isinstance(report, BlocksFreed):
                 held = self._held if report.side is Side.TARGET else self._sent
                 self._of_staging().give_when_done(held.pop(report.id, []))
             elif report.side is Side.TARGET:
@@ -217,6 +271,10 @@ class WorkerSide:
         _log.warning("%s computes its prompt here: %s", load.request, report.error)
         self._failed(load)
 
+    def _transport_of(self) -> KVTransport:
+        assert self._transport is not None, "a step before the caches were there"
+        return self._transport
+
     def _of_staging(self) -> Staging:
         assert self._staging is not None, "asked before the caches were there"
         return self._staging
@@ -229,6 +287,15 @@ def _offer(transport: KVTransport, offer: Offer, done: Any) -> None:
         transport.offer(offer)
     except TransferError as error:
         _log.warning("%s is not handed off: %s", offer.id.request, error)
+
+
+def _ready(
+    transport: KVTransport, id: TransferId, layers: Iterable[int], done: Any
+) -> None:
+    if done is not None:
+        done.synchronize()
+    for layer in layers:
+        transport.ready(id, layer)
 
 
 def _rank() -> str:

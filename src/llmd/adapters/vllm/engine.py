@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError, WorkerLost
-from ...live.engine import Call, Engine, Output, Report
-from ...types import RequestId, Role, State, Worker, WorkerId
+from ...live.engine import Call, Engine, Output, Promise, Report
+from ...types import Request, RequestId, Role, State, Worker, WorkerId
 from . import calls, sampling, stats
+from .connector_config import layerwise, ours
+from .connector_counts import TransferCounts
 from .kv_events import KVEventDecoder
 from .kv_stream import KVEndpoint, KVEventStream
 from .launch import launch, processes, shut_down
@@ -81,6 +83,8 @@ class VllmEngine(Engine):
         self._death: asyncio.Future[str] | None = None
         self._stopping = asyncio.Lock()
         self._running: set[RequestId] = set()
+        # What the last prompt was handed over with: it names this engine's address.
+        self._handed: Mapping[str, Any] = {}
 
     async def start(
         self,
@@ -124,11 +128,22 @@ class VllmEngine(Engine):
         try:
             async with contextlib.aclosing(stream):
                 async for piece in stream:
-                    yield calls.output(piece)
+                    output = calls.output(piece)
+                    if output.kv_transfer is not None:
+                        self._handed = output.kv_transfer
+                    yield output
         except Exception as error:
             raise calls.translated(error, self._death_told()) from error
         finally:
             self._running.discard(request.id)
+
+    def promise(self, request: Request) -> Promise | None:
+        """Return a promise from the second hand-off on, where layers go one by one."""
+        if not layerwise(self._options.get("kv_transfer_config")):
+            return None
+        from .connector_plan import promise
+
+        return promise(request.id, self._handed)
 
     async def abort(self, request_id: RequestId) -> None:
         if self._llm is not None and request_id in self._running:
@@ -200,6 +215,18 @@ class VllmEngine(Engine):
         # Waking resumes; whose turn it is is not for the engine to say.
         await llm.pause_generation(mode="keep", clear_cache=False)
 
+    async def transfer_counts(self) -> list[Mapping[str, int]]:
+        """Return what llmd's connector holds, of each rank; see `TransferCounts`.
+
+        Raises:
+            EngineError: The engine has another connector, or none.
+        """
+        if not ours(self._options.get("kv_transfer_config")):
+            raise EngineError(f"engine of {self.model!r} has not llmd's connector")
+        counts: list[Mapping[str, int]]
+        counts = await self._alive().collective_rpc("transfer_counts")
+        return counts
+
     async def _load(self, worker: WorkerId, report: Callable[[Report], None]) -> None:
         loop = asyncio.get_running_loop()
         self._scratch = tempfile.mkdtemp(prefix="llmd-")
@@ -208,6 +235,8 @@ class VllmEngine(Engine):
         )
         self._signals = Throttle(worker, report, self._signals_every)
         options = dict(self._options)
+        if ours(options.get("kv_transfer_config")):
+            options.setdefault("worker_extension_cls", TransferCounts.NAME)
         if self._loras:
             options.setdefault("enable_lora", True)
             # All at once in memory: vLLM would swap them, request by request.
