@@ -78,7 +78,7 @@ class TestHopes:
         index.check()
         index.settle("a", asked, 0, 2.0)
         assert held(index, request("s"), at=2.5) == 256
-        assert held(index, request("s"), at=3.5) == 0
+        assert held(index, request("s"), at=4.5) == 0
         index.check()
 
     def test_a_newer_hope_for_the_same_prefix_outlives_the_older(self):
