@@ -43,8 +43,8 @@ SAMPLE = Path(__file__).parents[1] / "tests/data/mooncake_conversation_300.jsonl
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 ROUNDS = 3
 ROUTERS: dict[str, llmd.Router] = {
-    "round robin": llmd.RoundRobin(),
     "least requests": llmd.LeastLoaded(),
+    "round robin": llmd.RoundRobin(),
     "least work": llmd.LeastWork(),
     "llm-d 3/2/2": rivals.llm_d(),
     "llm-d affinity": rivals.LlmdAffinity(),
@@ -136,14 +136,15 @@ def traced() -> dict[str, Workload]:
     return found
 
 
-def routing(jobs: int, names: list[str], highest: float) -> None:
-    """Print capacities and half-load figures on traces."""
+def routing(jobs: int, names: list[str], asked: list[str], highest: float) -> None:
+    """Print capacities and half-load figures of routers on traces."""
     eight_b = Machine.of(H200, LLAMA31_8B)
     routers = {
         name: attrs.evolve(router, machine=eight_b)
         if isinstance(router, llmd.EarliestFirstToken | llmd.LeastDelay)
         else router
         for name, router in ROUTERS.items()
+        if not asked or name in asked
     }
     for title, workload in traced().items():
         if names and title not in names:
@@ -155,11 +156,11 @@ def routing(jobs: int, names: list[str], highest: float) -> None:
         )
         for capacity in found.values():
             print(f"{capacity!r}", flush=True)
-        half = found["least requests"].rate / 2
+        half = next(iter(found.values())).rate / 2
         study = compare(
             routers, workload.at_rate(half), slo=SLO, machine=eight_b, jobs=jobs
         )
-        print(f"\nat {half:.3g} requests/s, half the capacity of least requests")
+        print(f"\nat {half:.3g} requests/s, half the capacity of {next(iter(found))}")
         print(study, flush=True)
 
 
@@ -263,13 +264,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--routing", action="store_true")
     parser.add_argument("--traces", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--routers", nargs="*", default=[], choices=[[], *ROUTERS])
     parser.add_argument("--highest", type=float, default=24.0, help="requests/s tried")
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--rates", type=int, nargs="+", default=[*STAGES])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.routing:
-        routing(options.jobs, options.traces, options.highest)
+        routing(options.jobs, options.traces, options.routers, options.highest)
     elif options.ladder:
         ladder(options.rates)
     else:
