@@ -105,9 +105,9 @@ class LoadGenerator:
         cluster = self.server.cluster
         before, cluster.observer = cluster.observer, self._watch(cluster.observer)
         first = min([job.at for job in self._ledger.heads()], default=0.0)
-        self._start = self.clock() - first
         try:
             with _left_to_lie():
+                self._start = self.clock() - first
                 async with asyncio.TaskGroup() as group:
                     for job in self._ledger.heads():
                         group.create_task(self._session(job, job.at, group))
