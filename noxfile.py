@@ -113,7 +113,11 @@ def study(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure, rivals in the same run, and write bench.json."""
     session.install("-e", ".[bench]")
-    session.run("python", "benchmarks/run.py", *session.posargs)
+    if session.posargs:
+        session.run("python", "benchmarks/run.py", *session.posargs)
+        return
+    session.run("python", "benchmarks/run.py", "--skip", "transport")
+    in_engine(session, "benchmarks/run.py", "--add", "transport")  # NIXL is there
 
 
 @nox.session

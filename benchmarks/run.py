@@ -1,6 +1,6 @@
 """Measure everything and write a flat `bench.json`.
 
-    python benchmarks/run.py [--out bench.json] [module ...]
+    python benchmarks/run.py [--out bench.json] [--add] [--skip module] [module ...]
 
 Every module beside this one that has a `measure()` returning a dict from name
 to number is run; named ones alone if any are named.  Each number is a median
@@ -50,12 +50,17 @@ def machine() -> dict[str, str | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bench.json", type=Path)
+    parser.add_argument("--add", action="store_true", help="to what OUT holds")
+    parser.add_argument("--skip", nargs="*", default=[], choices=modules())
     parser.add_argument("modules", nargs="*", choices=[[], *modules()])
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    results: dict[str, float] = {}
+    known = options.add and options.out.exists()
+    results: dict[str, float] = json.loads(options.out.read_text()) if known else {}
     failed = []
     for name in options.modules or modules():
+        if name in options.skip:
+            continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             results.update(importlib.import_module(name).measure())
