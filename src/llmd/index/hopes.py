@@ -35,8 +35,8 @@ class Hopes:
     """
 
     holders: Holders = attrs.field(factory=Holders)
-    # (worker's bit, name) -> hopes for it beyond the first.
-    _more: dict[tuple[int, int], int] = attrs.field(factory=dict, init=False)
+    # Worker's bit -> name -> hopes for it beyond the first.
+    _more: dict[int, Counter[int]] = attrs.field(factory=dict, init=False)
     _open: dict[tuple[WorkerId, str], _Hope] = attrs.field(factory=dict, init=False)
     _ending: deque[_Hope] = attrs.field(factory=deque, init=False)
     # An arrival is matched and then sent: the same grid, a moment later.
@@ -71,9 +71,8 @@ class Hopes:
         new = self.holders.add(bit, names)
         if len(new) < names.nbytes:
             fresh = {*np.frombuffer(new, np.uint64).tolist()}
-            for name in names.tolist():
-                if name not in fresh:
-                    self._more[bit, name] = self._more.get((bit, name), 0) + 1
+            again = [name for name in names.tolist() if name not in fresh]
+            self._more.setdefault(bit, Counter()).update(again)
         self._open[worker, request.id] = _Hope(bit, names)
 
     def settle(self, worker: WorkerId, request: Request, until: float) -> None:
@@ -97,19 +96,20 @@ class Hopes:
                 self.holders.discard(bit, hope.names)
                 hope.bit = 0
         self._open = {key: hope for key, hope in self._open.items() if hope.bit}
-        self._more = {key: more for key, more in self._more.items() if key[0] != bit}
+        self._more.pop(bit, None)
 
     def _last(self, hope: _Hope) -> Hashes | list[int]:
         """Return the names that nothing but *hope* hopes for, and count it off."""
-        if not self._more:
+        counts = self._more.get(hope.bit)
+        if not counts:
             return hope.names
         last = []
         for name in hope.names.tolist():
-            more = self._more.pop((hope.bit, name), 0)
+            more = counts.pop(name, 0)
             if not more:
                 last.append(name)
             elif more > 1:
-                self._more[hope.bit, name] = more - 1
+                counts[name] = more - 1
         return last
 
     def _of(self, hashes: Hashes, tokens: int) -> Hashes:
@@ -131,7 +131,8 @@ class Hopes:
         for (bit, name), hopes in hoped.items():
             assert bit & known, "a stranger is hoped for"
             assert self.holders.find(name, 0) & bit, "a hope does not count"
-            assert self._more.get((bit, name), 0) == hopes - 1, "miscounted"
+            more = self._more.get(bit, Counter())[name]
+            assert more == hopes - 1, "miscounted"
         held = sum(mask.bit_count() for _, mask in self.holders.items())
         assert held == len(hoped), "what nobody hopes for is held"
 
