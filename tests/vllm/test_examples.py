@@ -67,7 +67,7 @@ async def test_autoscale():
     assert len(bars[-1]) < max(map(len, bars))
 
 
-@pytest.mark.parametrize("row", range(1, 7))
+@pytest.mark.parametrize("row", range(1, 13))
 async def test_study(model, row, tmp_path):
     result = tmp_path / "study.json"
     arguments = ("--row", str(row), "--json", str(result), "--model", model)
