@@ -50,6 +50,7 @@ END = b"\xff" * 8
 # hybrid models drop blocks that still count as cached.
 _SLIDING = frozenset({"sliding_window", "sliding_window_mla"})
 _WHOLE = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
+_GPU = Tier.GPU
 _PLAIN: tuple[str, list[tuple[int, int, str]]] = "", []
 _PREFIX_TOKENS = 1 << 22
 _RANKS = 1 << 10
@@ -161,7 +162,7 @@ class KVEventDecoder:
     ) -> list[Report]:
         """Return what decoded *events* tell, neighbours of a kind as one report."""
         state = self._rank(rank)
-        run = Run(self.worker, at, window=state.window)
+        run = Run(self.worker, at, state.window)
         for event in events:
             try:
                 kind = event["type"]
@@ -240,7 +241,8 @@ class KVEventDecoder:
         group = get("group_idx")
         if group != rank.group and not self._follow(rank, group, event, run):
             return
-        tier = tier_of(get("medium"), get("locality"))
+        medium = get("medium")
+        tier = _GPU if medium == "GPU" else tier_of(medium, get("locality"))
         keys, tokens = event["block_hashes"], event["token_ids"]
         if tokens:
             size = event["block_size"]
@@ -258,8 +260,11 @@ class KVEventDecoder:
             if media:
                 places = [(length + n * size + at, key) for n, at, key in media]
                 hashes = self._hasher.mark(hashes, size, places, length)
-            ends = range(length + size, end + 1, size)
-            table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
+            if len(keys) == 1:  # what a decoding engine tells, step by step
+                table = {keys[0]: (hashes.item(0), end)}
+            else:
+                ends = range(length + size, end + 1, size)
+                table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
             rank.block_tokens = size
         else:
             # Offloading connectors may name blocks by hash alone.
@@ -324,7 +329,8 @@ class KVEventDecoder:
         """Forget what *rank* holds; the report has no rank, so tell the others'."""
         rank.drop()
         cleared = BlocksCleared(at, self.worker, reason, unknown)
-        run = Run(self.worker, at, [cleared], rank.window)
+        run = Run(self.worker, at, rank.window)
+        run.reports.append(cleared)
         if self._holders:
             self._count_holders()
             for other in self._ranks.values():

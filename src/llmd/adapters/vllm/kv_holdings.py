@@ -80,11 +80,12 @@ class Holdings:
         return entry
 
     def add(self, tier: Tier, table: Table) -> None:
+        """Hold another copy of each block of *table*."""
         held = self.held[tier]
-        if not held.keys().isdisjoint(table):
-            for key in held.keys() & table:
+        for key, entry in table.items():
+            if key in held:
                 self.copies[tier, key] = self.copies.get((tier, key), 0) + 1
-        held.update(table)
+            held[key] = entry
         if len(held) > self.most:
             self.most = len(held)
 
@@ -99,32 +100,35 @@ class Holdings:
         return self.held[tier].pop(key, None)
 
 
-@attrs.define(eq=False)
 class Run:
     """Collects reports, and neighbours of one kind into one."""
 
-    worker: WorkerId
-    at: float
-    reports: list[Report] = attrs.field(factory=list)
-    window: int = 0
-    kind: tuple[type[Report], Tier, int] | None = None
-    parts: list[Hashes] = attrs.field(factory=list)
+    __slots__ = ("at", "kind", "parts", "reports", "window", "worker")
+
+    def __init__(self, worker: WorkerId, at: float, window: int) -> None:
+        self.worker, self.at, self.window = worker, at, window
+        self.reports: list[Report] = []
+        self.kind: tuple[type[Report], Tier, int] | None = None
+        self.parts: list[Hashes] = []
 
     def add(
         self, report: type[Report], tier: Tier, block_tokens: int, hashes: Hashes
     ) -> None:
+        """Take in a part of a report; an empty one is none."""
         kind = report, tier, block_tokens
         if kind != self.kind:
-            self.flush()
+            if self.parts:
+                self.flush()
             self.kind = kind
         if len(hashes):
             self.parts.append(hashes)
 
     def flush(self) -> None:
-        if self.kind is None or not self.parts:
+        """End the report under way, if there is any."""
+        parts = self.parts
+        if self.kind is None or not parts:
             return
         report, tier, block_tokens = self.kind
-        parts = self.parts
         hashes = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if report is BlocksStored:
             stored = BlocksStored(
