@@ -112,6 +112,7 @@ class KernelMover(Mover):
         # Blocks are moved as they lie, so the strides are part of the order.
         self.order = f"{tuple(first.shape[1:])} by {first.stride()[1:]}"
         self._side = torch.cuda.Stream(slab.device)
+        self._indexed: tuple[Sequence[int] | None, Any] = (None, None)
 
     def gather(
         self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
@@ -128,6 +129,15 @@ class KernelMover(Mover):
             found = self._kernels.sum_of(self._slab[first:last], index).cpu()
         return np.asarray(found.numpy().view(np.uint64).ravel())
 
+    def _index(self, blocks: Sequence[int]) -> Any:
+        # Layer after layer moves the same blocks, and each copy to the GPU would
+        # have the engine wait for all that it launched.
+        of, index = self._indexed
+        if of is not blocks:
+            index = torch.tensor(blocks, dtype=torch.int64, device=self._slab.device)
+            self._indexed = blocks, index
+        return index
+
     def _move(
         self,
         blocks: Sequence[int],
@@ -136,7 +146,7 @@ class KernelMover(Mover):
         *,
         gather: bool,
     ) -> None:
-        index = torch.tensor(blocks, dtype=torch.int64, device=self._slab.device)
+        index = self._index(blocks)
         for start, stop in runs(slots):
             self._kernels.move(
                 self._bases[layers],
