@@ -165,10 +165,22 @@ def test_targets_that_exclude_each_other_are_complained_of():
     assert said.engines == 3
     assert said.engines_that_fit == 1
     assert "0.350 s to switch" in said.reason
+    # Two turns of 0.475 s and three switches; one more of each if overtaken.
+    assert "2.000 s in the ring, 2.825 s where another goes ahead" in said.reason
+    assert "twice that for the next turn of who did" in said.reason
     calm = [worker(name, endless(), switch_s=0.06) for name in "abc"]
     assert not run(
         QuantumScheduler(overhead=0.1, max_wait_s=2.0), calm, until=5.0
     ).complaints
+
+
+def test_a_complaint_speaks_of_the_turns_that_are_given():
+    slots = tuple(Slot(engine=n, requests=1, usual_switch_s=0.35) for n in "abc")
+    view = GpuView(now=0.0, rng=None, slots=slots)
+    policy = QuantumScheduler(overhead=0.1, max_wait_s=2.0, quantum_s=1.0)
+    said = policy.complaint(view).reason
+    assert "turns of 1.000 s waste 26%" in said
+    assert f"{policy.gap_bound_s('a', view):.3f} s in the ring" in said
 
 
 def test_a_longer_wait_ends_the_complaint():

@@ -150,32 +150,44 @@ class QuantumScheduler(TimeSlice):
         engine that itself went ahead of its place has had that turn: it may
         wait twice as long for the one after.
         """
-        own = view.slot(engine)
-        others = [slot for slot in view.wanting if slot.engine != engine]
-        turns = [
-            self.turn_s(slot, view) + slot.usual_switch_s + step_s for slot in others
-        ]
-        ahead = (
-            max(turns, default=0.0) if len({s.band for s in view.wanting}) > 1 else 0
-        )
-        return sum(turns) + ahead + own.usual_switch_s
+        bands = {slot.band for slot in view.wanting}
+        return self._gap_s(view.slot(engine), view, step_s, overtaken=len(bands) > 1)
 
     def complaint(self, view: GpuView) -> Infeasible | None:
         chosen = self.quantum(view)
         if chosen is None or chosen.feasible or len(view.wanting) < 2:
             return None
         slots = view.wanting
-        worst = max(slot.usual_switch_s for slot in slots)
+        turns = [self.turn_s(slot, view) for slot in slots]
+        switches = [slot.usual_switch_s for slot in slots]
+        waste = max(s / (s + turn) for s, turn in zip(switches, turns, strict=True))
+        in_ring, overtaken = (
+            max(self._gap_s(slot, view, overtaken=ahead) for slot in slots)
+            for ahead in (False, True)
+        )
         return Infeasible(
             reason=(
-                f"{len(slots)} engines, {worst:.3f} s to switch: a waste of"
+                f"{len(slots)} engines, {max(switches):.3f} s to switch: a waste of"
                 f" {self.overhead:.0%} and a wait of {self.max_wait_s:g} s exclude each"
-                f" other; turns of {chosen.seconds:.3f} s waste {chosen.overhead:.0%}"
-                f" and make {chosen.wait_s:.3f} s of wait"
+                f" other; turns of {min(turns):.3f} s waste {waste:.0%} and make a wait"
+                f" of {in_ring:.3f} s in the ring, {overtaken:.3f} s where another goes"
+                " ahead of its place, twice that for the next turn of who did"
             ),
             engines=len(slots),
             engines_that_fit=chosen.engines_that_fit,
         )
+
+    def _gap_s(
+        self, own: Slot, view: GpuView, step_s: float = 0.0, *, overtaken: bool
+    ) -> float:
+        """Return the longest wait of *own*, once *overtaken* or not at all."""
+        turns = [
+            self.turn_s(slot, view) + slot.usual_switch_s + step_s
+            for slot in view.wanting
+            if slot.engine != own.engine
+        ]
+        ahead = max(turns, default=0.0) if overtaken else 0.0
+        return sum(turns) + ahead + own.usual_switch_s
 
     def _enlist(self, view: GpuView) -> None:
         for slot in view.slots:
