@@ -146,11 +146,11 @@ def changed(core: Core, event: e.WorkerChanged) -> list[c.Command]:
 
 def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
     core.view.advance(event.at)
-    if event.worker not in core.fleet:
+    row = core.fleet.row(event.worker)
+    if row is None:
         return []
     commands: list[c.Command] = []
-    bookings = core.books.on(event.worker)
-    worker = core.fleet.workers.facts[core.fleet.workers.ids.index(event.worker)]
+    worker, bookings = core.fleet.workers.facts[row], core.books.on(event.worker)
     core.fleet.leave(event.worker)
     core.view.workers = core.fleet.workers
     core.index.leave(event.worker, event.at)
