@@ -31,8 +31,8 @@ def amount(
     most = math.inf if endless else sys.float_info.max
 
     def check(instance: object, field: Any, value: Any) -> None:
-        real = isinstance(value, numbers.Real)
-        if not real or not least <= value <= most:
+        real: Any = value if isinstance(value, numbers.Real) else math.nan
+        if not least <= real <= most:
             where = f"{type(instance).__name__}.{field.name}"
             kind = "number" if endless else "finite number"
             raise InvalidSlice(f"{where} is {shown(value)}, want a {kind} >= {least:g}")
