@@ -1,6 +1,7 @@
 """Any sequence of events leaves the cluster's books balanced."""
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -8,6 +9,7 @@ import llmd
 from llmd import balancer as b
 from llmd import commands as c
 from llmd import events as e
+from llmd.errors import UnknownModel, WorkerLost
 
 
 def first_come():
@@ -152,12 +154,12 @@ class ClusterMachine(RuleBasedStateMachine):
         self.workers.add(worker.id)
         self.feed(e.WorkerJoined(self.now, worker))
 
-    @rule(data=st.data())
-    def leave(self, data):
+    @rule(data=st.data(), replaced=st.booleans())
+    def leave(self, data, replaced):
         if self.workers:
             worker = data.draw(st.sampled_from(sorted(self.workers)))
             self.workers.remove(worker)
-            self.feed(e.WorkerLeft(self.now, worker))
+            self.feed(e.WorkerLeft(self.now, worker, replaced))
             assert worker not in self.where.values()
 
     @rule(data=st.data(), state=st.sampled_from(llmd.State))
@@ -266,3 +268,48 @@ class ClusterMachine(RuleBasedStateMachine):
 
 TestCluster = ClusterMachine.TestCase
 TestCluster.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_what_nobody_else_can_serve_ends_with_a_worker_that_is_not_replaced():
+    cluster = llmd.Cluster(balancer=llmd.Fcfs(max_running=1))
+    long = {"models": {"m"}, "loras": {"l"}, "max_model_tokens": 100}
+    cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id="long", **long)))
+    short = llmd.Worker(id="short", models={"m"}, max_model_tokens=10)
+    cluster.handle(e.WorkerJoined(0.0, short))
+    asked = {
+        "any": {"prompt": [1] * 3},
+        "long": {"prompt": [1] * 30, "model": "m"},
+        "adapted": {"prompt": [1] * 3, "model": "m", "lora": "l"},
+        "short": {"prompt": [1] * 3, "model": "m"},
+    }
+    for worker in ("long", "short"):
+        state = llmd.State.SLEEPING
+        cluster.handle(e.WorkerChanged(0.5, worker, state=state))
+    for id, more in asked.items():
+        assert cluster.handle(e.RequestArrived(1.0, llmd.Request(id=id, **more))) == []
+    failed = cluster.handle(e.WorkerLeft(2.0, "long", replaced=False))
+    assert {one.request.id for one in failed} == {"long", "adapted"}
+    assert {type(one.error) for one in failed} == {WorkerLost}
+    # A worker that starts may turn out to serve anything.
+    starting = llmd.Worker(id="new", state=llmd.State.STARTING)
+    cluster.handle(e.WorkerJoined(2.5, starting))
+    assert cluster.handle(e.WorkerLeft(3.0, "short", replaced=False)) == []
+    assert cluster.handle(e.WorkerLeft(3.5, "new", replaced=True)) == []
+    assert cluster.models == {"m"}
+
+
+def test_a_model_is_forgotten_with_its_last_worker_unless_it_was_welcomed():
+    cluster = llmd.Cluster()
+    cluster.handle(e.ModelAdded(0.0, "welcome"))
+    worker = llmd.Worker(id="w", models={"m", "welcome"}, state=llmd.State.SLEEPING)
+    cluster.handle(e.WorkerJoined(0.0, worker))
+    for model in worker.models:
+        request = llmd.Request(id=model, prompt=[1], model=model)
+        cluster.handle(e.RequestArrived(1.0, request))
+    [failed] = cluster.handle(e.WorkerLeft(2.0, "w", replaced=False))
+    assert failed.request.id == "m"
+    assert cluster.models == {"welcome"}
+    assert cluster.waits("welcome")
+    late = llmd.Request(id="late", prompt=[1], model="m")
+    with pytest.raises(UnknownModel):
+        cluster.handle(e.RequestArrived(3.0, late))

@@ -32,6 +32,7 @@ from .errors import (
     PromptTooLong,
     UnknownAdapter,
     UnknownModel,
+    WorkerLost,
     policy_error,
     shown,
 )
@@ -39,7 +40,7 @@ from .fleet import Fleet
 from .index import ExactIndex, PrefixIndex
 from .peers import Peers
 from .router import LeastDelay, Router
-from .types import Request, RequestId, WorkerId
+from .types import Request, RequestId, Worker, WorkerId
 from .view import View
 from .waiting import LaneName, WaitingRequests
 
@@ -61,6 +62,7 @@ class Core:
     waiting: WaitingRequests = attrs.field(init=False)
     peers: Peers = attrs.field(init=False)
     models: set[str] = attrs.field(factory=set, init=False)
+    welcome: set[str] = attrs.field(factory=set, init=False)
     deadlines: Any = attrs.field(factory=SortedList, init=False)
     asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
     _limits: tuple[int, ...] = attrs.field(default=(), init=False)
@@ -130,6 +132,25 @@ class Core:
         self.gone(booking.request)
         error = DeadlineExceeded(f"{id!r} ran past its deadline")
         return [*aborts, c.Fail(booking.request, error)]
+
+    def bereave(self, worker: Worker) -> list[c.Command]:
+        """Fail what only *worker*, which is gone, could serve; forget its models."""
+        commands: list[c.Command] = []
+        for request in [*self.waiting]:
+            model, lora = request.model, request.lora
+            tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+            awaited = model in self.welcome if model else bool(self.welcome)
+            if awaited or not worker.serves(model, lora, tokens):
+                continue
+            if not self.fleet.may_serve(model, lora, tokens):
+                self.waiting.remove(request.id, self.view)
+                self.gone(request)
+                error = f"{worker.id!r}, the last worker for {request.id!r}, was lost"
+                commands.append(c.Fail(request, WorkerLost(error)))
+        for model in worker.models - self.welcome:
+            if not self.fleet.may_serve(model):
+                self.models.discard(model)
+        return commands
 
     def scale(self, at: float) -> list[c.Command]:
         """Ask the autoscaler; raises PolicyError with nothing changed."""

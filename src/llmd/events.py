@@ -121,9 +121,16 @@ class WorkerChanged(Event):
 
 @attrs.frozen
 class WorkerLeft(Event):
-    """A worker is gone, and all it was doing with it."""
+    """A worker is gone, and all it was doing with it.
+
+    Attributes:
+        replaced: What only it could serve waits for another.  If not, that
+            fails with `WorkerLost`, and models that nobody else serves and no
+            `ModelAdded` welcomed are forgotten.
+    """
 
     worker: WorkerId
+    replaced: bool = True
 
 
 @attrs.frozen

@@ -139,12 +139,17 @@ class Fleet:
             self._longest[model] = int(limits.max())
         return self._longest[model]
 
+    def may_serve(self, model: str, lora: str = "", tokens: int = 1) -> bool:
+        """Say whether a worker serves this, or may once it has started or woken."""
+        for worker, state in zip(self.workers.facts, self.workers.states, strict=True):
+            if state in _UNKNOWN and worker.serves(model):
+                return True
+            if state is not State.DRAINING and worker.serves(model, lora, tokens):
+                return True
+        return False
+
     def _serves(self, model: str, lora: str) -> Mask:
-        serves = [
-            (not model or not worker.models or model in worker.models)
-            and (not lora or lora in worker.loras)
-            for worker in self.workers.facts
-        ]
+        serves = [worker.serves(model, lora) for worker in self.workers.facts]
         return np.array(serves, dtype=np.bool_)
 
     def _show(self, facts: tuple[Worker, ...], states: tuple[State, ...]) -> None:

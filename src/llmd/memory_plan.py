@@ -15,6 +15,7 @@ import attrs
 from .errors import DoesNotFit, InvalidSlice
 from .machines.hardware import GIB, Hardware
 from .machines.shape import Shape
+from .timeslice.amounts import amount
 
 CONTEXT_BYTES = 0.6 * GIB
 """CUDA context and libraries of one process, awake or asleep: assumed, not yet
@@ -37,17 +38,21 @@ class Need:
         max_model_tokens: Of its longest request; must fit the KV cache.
         activation_bytes: Beside weights and KV, while it runs.
 
+    Raises:
+        InvalidSlice: A size is a NaN, negative or infinite; it is named.
+        DoesNotFit: The KV cache holds no request of that length.
+
     >>> from llmd.machines.shape import QWEN25_7B
     >>> Need.of("a", QWEN25_7B, kv_tokens=100_000, max_model_tokens=32_768).kv_bytes
     5734400000.0
     """
 
     name: str
-    weights_bytes: float
-    kv_bytes_per_token: float
-    kv_tokens: int
-    max_model_tokens: int = 1
-    activation_bytes: float = ACTIVATION_BYTES
+    weights_bytes: float = attrs.field(validator=amount())
+    kv_bytes_per_token: float = attrs.field(validator=amount())
+    kv_tokens: int = attrs.field(validator=amount(1))
+    max_model_tokens: int = attrs.field(default=1, validator=amount(1))
+    activation_bytes: float = attrs.field(default=ACTIVATION_BYTES, validator=amount())
 
     def __attrs_post_init__(self) -> None:
         if self.kv_tokens < self.max_model_tokens:
@@ -149,6 +154,7 @@ def plan_memory(
     Raises:
         DoesNotFit: They need more than there is.  The message is the sum, and
             says whether taking turns would help.
+        InvalidSlice: Two have one name, or *reserve* is out of its range.
 
     >>> from llmd.machines import H200
     >>> from llmd.machines.shape import QWEN25_7B
@@ -168,7 +174,7 @@ def plan_memory(
         f" = {_gib(usable)} usable",
         *lines,
     )
-    if needed > usable:
+    if not needed <= usable:
         raise DoesNotFit("\n".join((*lines, _advice(needs, needed, usable, in_turns))))
     parts = [
         Part(

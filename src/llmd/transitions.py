@@ -146,10 +146,11 @@ def changed(core: Core, event: e.WorkerChanged) -> list[c.Command]:
 
 def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
     core.view.advance(event.at)
-    if event.worker not in core.fleet:
+    row = core.fleet.row(event.worker)
+    if row is None:
         return []
     commands: list[c.Command] = []
-    bookings = core.books.on(event.worker)
+    worker, bookings = core.fleet.workers.facts[row], core.books.on(event.worker)
     core.fleet.leave(event.worker)
     core.view.workers = core.fleet.workers
     core.index.leave(event.worker, event.at)
@@ -163,18 +164,21 @@ def left(core: Core, event: e.WorkerLeft) -> list[c.Command]:
         error = WorkerLost(f"worker {event.worker!r} was lost")
         commands.append(core.retry(booking, event.worker, error))
     core.books.close(event.worker)
-    return [*commands, *core.refresh()]
+    commands += core.refresh()
+    return commands if event.replaced else [*commands, *core.bereave(worker)]
 
 
 def model_added(core: Core, event: e.ModelAdded) -> list[c.Command]:
     core.view.advance(event.at)
     core.models.add(event.model)
+    core.welcome.add(event.model)
     return []
 
 
 def model_removed(core: Core, event: e.ModelRemoved) -> list[c.Command]:
     core.view.advance(event.at)
     core.models.discard(event.model)
+    core.welcome.discard(event.model)
     commands: list[c.Command] = []
     for request in core.waiting.drop_model(event.model, core.view):
         error = core.unknown(f"model {event.model!r} was removed")

@@ -225,6 +225,18 @@ class Worker:
         for name in ("kv_blocks", "block_tokens", "max_model_tokens", "max_running"):
             _positive(f"{name} of worker {self.id!r}", getattr(self, name))
 
+    def serves(self, model: str, lora: str = "", tokens: int = 1) -> bool:
+        """Say whether it serves *model* with *lora* at a length of *tokens*.
+
+        >>> Worker(id="a", models={"m"}).serves("m"), Worker(id="a").serves("m", "x")
+        (True, False)
+        """
+        return (
+            (not model or not self.models or model in self.models)
+            and (not lora or lora in self.loras)
+            and tokens <= self.max_model_tokens
+        )
+
     @property
     def kv_tokens(self) -> int:
         """Tokens its KV cache holds."""

@@ -8,8 +8,9 @@ from tests.live.conftest import ScriptedEngine
 
 import llmd
 from llmd.autoscaler import Crowded, Largest, TargetConcurrency
-from llmd.live import Server, SharedGpu
-from llmd.timeslice import GpuArbiter, Infeasible, QuantumScheduler, Sharer
+from llmd.errors import EngineError, InvalidSlice, UnknownModel, WorkerLost
+from llmd.live import EnginePool, Server, SharedGpu
+from llmd.timeslice import FifoLock, GpuArbiter, Infeasible, QuantumScheduler, Sharer
 
 
 @attrs.define(eq=False)
@@ -19,6 +20,7 @@ class SleepyEngine(ScriptedEngine):
     gate: asyncio.Event = attrs.field(factory=asyncio.Event)
     told: list = attrs.field(factory=list)
     wake_s: float = 0.0
+    broken: bool = False
 
     async def start(self, worker, report, progress):
         self.gate.set()
@@ -40,6 +42,8 @@ class SleepyEngine(ScriptedEngine):
 
     async def wake(self):
         await asyncio.sleep(self.wake_s)
+        if self.broken:
+            raise EngineError("no memory to map")
         self.told.append("wake")
 
 
@@ -105,6 +109,126 @@ async def test_who_leaves_while_it_waits_is_no_demand(shared):
     await asyncio.gather(waiting, return_exceptions=True)
     assert not gpu._engines["a"]._wanting
     assert not server.cluster.waits("r")
+
+
+async def test_what_only_a_lost_engine_served_fails_clearly(shared):
+    gpu, server, engines = shared
+    engines["a"].broken = True
+    async with asyncio.timeout(5.0):
+        asked = [answer(server, f"a{n}", "a") for n in range(3)]
+        failures = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(one) for one in failures] == [WorkerLost] * 3
+        assert "'a', the last worker for 'a0', was lost" in str(failures[0])
+        with pytest.raises(UnknownModel):
+            await answer(server, "late", "a")
+        assert await answer(server, "other", "b") == [7] * 5
+    assert gpu.counts == {"engines_lost": 1}
+    assert not len(server.cluster.waiting)
+
+
+async def test_what_runs_on_an_engine_that_is_lost_fails_clearly(shared):
+    _, server, engines = shared
+    running = asyncio.create_task(answer(server, "r", "a", max_new_tokens=900))
+    while not engines["a"].calls:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    engines["a"].broken = True
+    # It sleeps for the other's turn, and cannot wake for its own.
+    async with asyncio.timeout(5.0):
+        assert await answer(server, "other", "b") == [7] * 5
+        with pytest.raises(WorkerLost):
+            await running
+
+
+async def test_another_engine_of_the_model_takes_over(shared):
+    _, server, engines = shared
+    engines["a"].broken, engines["a"].wake_s = True, 0.1
+    waiting = asyncio.create_task(answer(server, "r", "a"))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(5.0):
+        await server.add(ScriptedEngine(models=("a",)), "spare")
+        assert await waiting == [7] * 5
+
+
+@pytest.mark.parametrize("hope", ["model added", "autoscaler", "pool", "told so"])
+async def test_what_another_engine_may_serve_waits_for_it(shared, hope):
+    gpu, server, engines = shared
+    pool = EnginePool(server, lambda: ScriptedEngine(models=("a",)), pause=0.01)
+    match hope:
+        case "model added":
+            server.add_model("a")
+        case "autoscaler":
+            server.cluster.autoscaler = TargetConcurrency(requests_per_worker=8)
+        case "pool":
+            await pool.__aenter__()
+        case "told so":
+            gpu.replaced = True
+    engines["a"].broken = True
+    waiting = asyncio.create_task(answer(server, "r", "a"))
+    while not gpu.counts["engines_lost"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert server.cluster.waits("r")
+    if hope == "pool":
+        pool.want(1)
+    else:
+        await server.add(ScriptedEngine(models=("a",)))
+    async with asyncio.timeout(5.0):
+        assert await waiting == [7] * 5
+    await pool.__aexit__(None, None, None)
+
+
+async def test_a_hook_that_fails_costs_no_engine():
+    def fails(what):
+        raise KeyError("oops")
+
+    policy = QuantumScheduler(overhead=0.1, max_wait_s=0.001)
+    gpu = SharedGpu(GpuArbiter(policy, timeout_s=0.5), complain=fails)
+    async with gpu, Server() as server:
+        for name in "ab":
+            one = gpu.share(SleepyEngine(models=(name,)), Sharer(engine=name))
+            await server.add(one, name)
+        async with asyncio.timeout(10.0):
+            answers = await asyncio.gather(
+                *(answer(server, name, name, max_new_tokens=20) for name in "ab")
+            )
+        assert answers == [[7] * 20] * 2
+        assert set(gpu.counts) == {"hook_errors"}
+
+
+@pytest.mark.parametrize("said", [None, "a"])
+async def test_a_policy_that_forgets_to_return_is_counted_and_asked_again(said, caplog):
+    class Forgetful(FifoLock):
+        forgets = True
+
+        def next(self, view):
+            turn = super().next(view)
+            return said if self.forgets else turn
+
+    policy = Forgetful()
+    async with SharedGpu(GpuArbiter(policy)) as gpu, Server() as server:
+        one = gpu.share(SleepyEngine(models=("a",)), Sharer(engine="a"))
+        await server.add(one, "a")
+        waiting = asyncio.create_task(answer(server, "r", "a"))
+        await asyncio.sleep(0.05)
+        assert gpu.counts["policy_errors"]
+        assert f"Forgetful.next answered {said!r} to" in caplog.text
+        policy.forgets = False
+        async with asyncio.timeout(5.0):
+            assert await waiting == [7] * 5
+
+
+async def test_an_engine_without_room_does_not_start():
+    async with SharedGpu(GpuArbiter(FifoLock(), memory_bytes=50.0)) as gpu:
+        engine = SleepyEngine(models=("a",))
+        one = gpu.share(engine, Sharer(engine="a", awake_bytes=60.0))
+        async with Server() as server:
+            with pytest.raises(EngineError, match="no room"):
+                await server.add(one)
+            assert not server.engines
+        assert not engine.started
+        gpu.share(engine, Sharer(engine="a"))
+        with pytest.raises(InvalidSlice, match="shares this GPU"):
+            gpu.share(engine, Sharer(engine="a"))
 
 
 def test_a_crowded_gpu_calls_for_workers():

@@ -74,6 +74,12 @@ H200_ANSWERS = Answers(
         (Answers(name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0)), "h100"),
         (Answers(name="NVIDIA A100-SXM4-80GB", compute_capability=(8, 0)), "a100"),
         (Answers(name="NVIDIA L40S", compute_capability=(8, 9)), "l40s"),
+        (Answers(name="NVIDIA H200 NVL", compute_capability=(9, 0)), "h200-nvl"),
+        (Answers(name="NVIDIA H100 NVL", compute_capability=(9, 0)), "h100-nvl"),
+        (Answers(name="NVIDIA H100 PCIe", compute_capability=(9, 0)), "h100-pcie"),
+        (Answers(name="NVIDIA A100 80GB PCIe", compute_capability=(8, 0)), "a100-pcie"),
+        (Answers(name="NVIDIA A100-SXM4-40GB", compute_capability=(8, 0)), "a100-40gb"),
+        (Answers(name="NVIDIA A100-PCIE-40GB", compute_capability=(8, 0)), "a100-40gb"),
     ],
 )
 def test_devices_are_recognised(answers, name):
@@ -86,6 +92,12 @@ def test_devices_are_recognised(answers, name):
         # A chip-to-chip link alone does not make a GH200.
         Answers(name="NVIDIA GB10", compute_capability=(12, 1), c2c=True),
         Answers(name="Tesla T4", compute_capability=(7, 5)),
+        # Its memory is larger than that of the profile of its name, and faster.
+        Answers(
+            name="NVIDIA H100 96GB HBM3",
+            memory_bytes=97_871 << 20,
+            compute_capability=(9, 0),
+        ),
     ],
 )
 def test_unknown_devices_are_refused_with_their_answers(answers):
@@ -101,6 +113,48 @@ def test_a_gh200_without_ats_is_not_coherent():
         addressing_mode=0,
     )
     assert not detect(answers).hardware.coherent
+
+
+def superchip(memory_mib, peers, gpus):
+    return Answers(
+        name="NVIDIA GH200",
+        memory_bytes=memory_mib << 20,
+        compute_capability=(9, 0),
+        c2c=True,
+        nvlink_peers=tuple(f"000{peer}:01:00.0" for peer in range(peers)),
+        gpus=gpus,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answers", "name", "memory_rate", "peer_rate"),
+    [
+        (superchip(97_280, 3, 4), "gh200-96gb", 4.0e12, 150e9),
+        (superchip(146_831, 3, 4), "gh200-144gb", 4.9e12, 150e9),
+        (superchip(97_280, 1, 2), "gh200-96gb", 4.0e12, 450e9),
+        (superchip(146_831, 1, 2), "gh200-nvl2", 4.9e12, 450e9),
+        (superchip(97_280, 9, 1), "gh200-96gb", 4.0e12, 450e9),
+    ],
+)
+def test_peers_of_a_gh200_change_no_memory(answers, name, memory_rate, peer_rate):
+    hardware = detect(answers).hardware
+    assert hardware.name == name
+    assert hardware.memory_bytes_per_s == memory_rate
+    assert hardware.peer.in_bytes_per_s == peer_rate
+
+
+def test_gpus_beside_each_other_are_no_peers_without_nvlink():
+    assert detect(attrs.evolve(H200_ANSWERS, gpus=8)).hardware.peer is None
+    assert detect(superchip(97_280, 0, 2)).hardware.peer is None
+    joined = attrs.evolve(H200_ANSWERS, gpus=8, nvlink_peers=("0000:07:00.0",))
+    assert detect(joined).hardware.peer == H200.peer
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 200 << 30])
+def test_a_mig_instance_must_say_which_part_it_is(memory_bytes):
+    answers = attrs.evolve(H200_ANSWERS, mig_instance=True, memory_bytes=memory_bytes)
+    with pytest.raises(UnknownHardware, match="MIG instance of"):
+        detect(answers)
 
 
 def test_a_narrow_bus_is_a_slow_link():

@@ -1,11 +1,13 @@
 """The NVML reader on a driver that answers from a record, and on none."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from llmd.adapters import nvml
 from llmd.errors import UnknownHardware
+from llmd.machines import Machine
 
 
 class RecordedDriver:
@@ -61,6 +63,14 @@ def test_a_gh200_is_read_and_recognised():
     assert not found.mig
     assert found.answers.pcie_generation is None
     assert driver.closed
+
+
+def test_a_machine_detects_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", RecordedDriver())
+    assert Machine.detect().hardware.name == "gh200-96gb"
+    monkeypatch.setattr(RecordedDriver, "nvmlDeviceGetCount", lambda _: 0, False)
+    with pytest.raises(UnknownHardware, match="no device"):
+        Machine.detect()
 
 
 def test_every_mig_instance_is_read():

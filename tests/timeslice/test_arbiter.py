@@ -1,5 +1,7 @@
 """The state machine of one GPU: order, memory, faults."""
 
+import math
+
 import attrs
 import pytest
 from hypothesis import given, settings
@@ -10,13 +12,16 @@ from llmd.sim.gpu import Job, SimGpu
 from llmd.timeslice import (
     Action,
     Asked,
+    Blame,
     Do,
     Done,
+    Failed,
     FairShare,
     FifoLock,
     GpuArbiter,
     Joined,
     Left,
+    Lost,
     QuantumScheduler,
     Sharer,
     TimeSlice,
@@ -139,40 +144,142 @@ def test_wrong_events_are_refused():
     arbiter.handle(Asked(2.0))
     with pytest.raises(InvalidEvent, match="before"):
         arbiter.handle(Asked(1.0))
+    with pytest.raises(InvalidEvent, match="never"):
+        arbiter.handle(Asked(math.inf))
     with pytest.raises(InvalidEvent, match="no type"):
         arbiter.handle(attrs.make_class("Odd", ["at"])(3.0))
 
 
 @pytest.mark.parametrize(
-    "turn", [Turn("nobody"), Turn("a", 0.0), Turn("a", float("nan"))]
+    "turn",
+    [
+        *(Turn("nobody"), Turn("a", 0.0), Turn("a", float("nan")), Turn("a", "1")),
+        *(None, "a", Turn(["a"])),
+    ],
 )
-def test_a_policy_that_answers_nonsense_is_named(turn):
-    class Nonsense(TimeSlice):
-        def next(self, view):
-            return turn
-
-    with pytest.raises(PolicyError, match="Nonsense"):
-        arbiter_with("a", policy=Nonsense())
-
-
-def test_a_policy_that_raises_is_named_and_asked_again():
-    class Shaky(FifoLock):
-        fails = True
+def test_a_policy_that_answers_nonsense_is_blamed_and_asked_again(turn):
+    class Nonsense(FifoLock):
+        answers = True
 
         def next(self, view):
-            if self.fails:
-                raise KeyError("oops")
-            return super().next(view)
+            return super().next(view) if self.answers else turn
 
+    arbiter = arbiter_with("a", policy=Nonsense())
+    Nonsense.answers = False
+    [blame] = arbiter.handle(Wanted(1.0, "a", 1))
+    assert isinstance(blame.error, PolicyError)
+    assert str(blame.error).startswith("Nonsense.next answered")
+    assert 1.0 < arbiter.alarm < 2.0
+    Nonsense.answers = True
+    assert arbiter.handle(Asked(arbiter.alarm)) == [Do("a", Action.RESUME)]
+
+
+class Shaky(QuantumScheduler):
+    """Fails in one of its methods, as soon as it is told to."""
+
+    failing = ""
+    blamed = 0
+
+    def _maybe(self, name):
+        if self.failing == name:
+            raise KeyError("oops")
+
+    def next(self, view):
+        self._maybe("next")
+        return super().next(view)
+
+    def ran(self, engine, run_s, switch_s, view):
+        self._maybe("ran")
+        super().ran(engine, run_s, switch_s, view)
+
+    def left(self, engine):
+        self._maybe("left")
+        super().left(engine)
+
+    def upcoming(self, view):
+        self._maybe("upcoming")
+        return super().upcoming(view)
+
+    def complaint(self, view):
+        self._maybe("complaint")
+        return super().complaint(view)
+
+
+@pytest.mark.parametrize("failing", ["next", "ran", "left", "complaint"])
+def test_what_a_policy_raises_loses_no_command(failing):
+    arbiter = arbiter_with("a", "b", policy=Shaky())
+    for name in "ab":
+        arbiter.handle(Wanted(1.0, name, 1))
+    arbiter.handle(Done(1.1, "a", Action.RESUME))
+    arbiter.handle(Left(1.2, "a"))
+    arbiter.policy.failing = failing
+    commands = arbiter.handle(Failed(1.3, "b", Action.RESUME, "broken"))
+    [lost] = [one for one in commands if isinstance(one, Lost)]
+    assert lost.engine == "b"
+    blames = [one.error for one in commands if isinstance(one, Blame)]
+    assert [str(one) for one in blames] == ["Shaky raised KeyError: 'oops'"] * (
+        failing != "ran"
+    )
+
+
+class SurvivingGpu(SimGpu):
+    """Reports what a policy did wrong and goes on, as a server does."""
+
+    def _carry_out(self, command):
+        if isinstance(command, Blame):
+            self.arbiter.policy.blamed += 1
+        else:
+            super()._carry_out(command)
+
+
+@pytest.mark.parametrize("failing", ["next", "ran", "left", "upcoming", "complaint"])
+def test_the_ring_goes_on_behind_a_policy_that_failed_for_a_while(failing):
+    workers = [worker(name, finite(), awake_bytes=10.0) for name in "abc"]
+    policy = Shaky(quantum_s=0.2)
+    gpu = SurvivingGpu(GpuArbiter(policy, memory_bytes=20.0), workers, {"b": 0.5})
+    gpu._at(0.3, lambda: setattr(policy, "failing", failing))
+    gpu._at(2.0, lambda: setattr(policy, "failing", ""))
+    gpu.run(until=60.0)
+    assert policy.blamed
+    assert [one.ended for one in workers if one.name != "b"] == [20, 20]
+
+
+def test_a_simulation_stops_at_a_policy_that_fails():
     policy = Shaky()
-    arbiter = GpuArbiter(policy)
-    arbiter.handle(Joined(0.0, Sharer(engine="a")))
+    policy.failing = "next"
     with pytest.raises(PolicyError, match="KeyError"):
-        arbiter.handle(Done(0.0, "a", Action.PAUSE))
-    policy.fails = False
-    arbiter.handle(Wanted(1.0, "a", 1))
-    arbiter.handle(Done(1.0, "a", Action.RESUME))
+        run(policy, [worker("a", finite())], until=1.0)
+
+
+def test_who_never_comes_is_not_woken():
+    class Confused(FifoLock):
+        def upcoming(self, view):
+            return ("nobody",)
+
+    arbiter = GpuArbiter(Confused(), memory_bytes=10.0)
+    for name in "ab":
+        arbiter.handle(Joined(0.0, Sharer(engine=name, awake_bytes=9.0), asleep=True))
+        commands = arbiter.handle(Wanted(0.0, name, 1))
+    for action in (Action.WAKE, Action.RESUME):
+        commands = arbiter.handle(Done(1.0, "a", action))
+    assert "Confused.upcoming answered ('nobody',)" in str(commands[-1].error)
     assert arbiter.running == "a"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"memory_bytes": math.nan}, {"memory_bytes": 0.0}, {"timeout_s": -1.0}),
+        *({"timeout_s": math.nan}, {"policy": None}, {"policy": FifoLock}),
+    ],
+)
+def test_an_arbiter_needs_a_policy_and_sizes(wrong):
+    with pytest.raises(InvalidSlice):
+        GpuArbiter(**{"policy": FifoLock(), **wrong})
+    arbiter = GpuArbiter(FifoLock())
+    [(name, value)] = wrong.items()
+    with pytest.raises(InvalidSlice):
+        setattr(arbiter, name, value)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -190,6 +297,15 @@ def test_a_sharer_needs_a_name_and_a_weight():
         Sharer(engine="")
     with pytest.raises(InvalidSlice):
         Sharer(engine="a", weight=0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1", None, 10**400])
+@pytest.mark.parametrize(
+    "field", ["weight", "awake_bytes", "asleep_bytes", "pause_s", "resume_s", "wake_s"]
+)
+def test_a_sharer_says_amounts(field, value):
+    with pytest.raises(InvalidSlice, match=f"Sharer.{field} is"):
+        Sharer(engine="a", **{field: value})
 
 
 def test_a_policy_of_ones_own_drives_the_gpu():

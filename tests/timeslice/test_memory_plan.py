@@ -1,5 +1,8 @@
 """Memory of engines that share a GPU: sums that come out, or are shown."""
 
+import math
+
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +57,24 @@ def test_names_are_not_used_twice():
         plan_memory(H200, [need("a"), need("a")])
     with pytest.raises(InvalidSlice, match="no engine"):
         plan_memory(H200, [need("a")])["b"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf, 10**400, "1"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("weights_bytes", "kv_bytes_per_token", "kv_tokens"),
+        *("max_model_tokens", "activation_bytes"),
+    ],
+)
+def test_sizes_that_are_none_are_refused_by_name(field, value):
+    with pytest.raises(InvalidSlice, match=f"Need.{field} is"):
+        attrs.evolve(need("a"), **{field: value})
+
+
+def test_sizes_beyond_all_floats_do_not_fit():
+    with pytest.raises(DoesNotFit, match="too much"):
+        plan_memory(H200, [attrs.evolve(need("a"), kv_tokens=10**305)])
 
 
 @given(

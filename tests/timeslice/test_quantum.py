@@ -43,7 +43,10 @@ def test_a_waste_must_be_a_part(overhead):
 
 @given(
     st.lists(
-        st.tuples(st.floats(0.25, 4.0), st.floats(0.0, 1.0)), min_size=1, max_size=6
+        # Nothing can be a part of the smallest switch that a float can hold.
+        st.tuples(st.floats(0.25, 4.0), st.floats(0.0, 1.0, allow_subnormal=False)),
+        min_size=1,
+        max_size=6,
     ),
     st.floats(0.01, 0.5),
     st.floats(0.05, 60.0),
@@ -65,3 +68,31 @@ def test_what_is_chosen_keeps_what_it_says(engines, overhead, max_wait_s):
         abs(max(waits) - max_wait_s), abs(max(wastes, default=0.0) - overhead)
     ) == pytest.approx(0.0, abs=1e-6)
     assert 1 <= chosen.engines_that_fit <= len(engines)
+
+
+@pytest.mark.parametrize(
+    ("weights", "switches_s", "max_wait_s"),
+    [
+        ([1, 1], [-1, 0.1], 2.0),
+        ([1, 1], [math.nan, 0.1], 2.0),
+        ([1, 1], [math.inf, 0.1], 2.0),
+        ([1, math.nan], [0.1, 0.1], 2.0),
+        ([1, math.inf], [0.1, 0.1], 2.0),
+        ([1, 0], [0.1, 0.1], 2.0),
+        ([1, 1], [0.1, 0.1], math.nan),
+        ([1], [0.1, 0.1], 2.0),
+        ([], [], 2.0),
+    ],
+)
+def test_what_is_no_time_and_no_weight_is_refused(weights, switches_s, max_wait_s):
+    with pytest.raises(InvalidSlice):
+        choose_quantum(weights, switches_s, 0.1, max_wait_s)
+
+
+def test_a_quantum_is_not_made_of_nonsense():
+    with pytest.raises(InvalidSlice):
+        quantum_for_overhead(-0.1, 0.1)
+    with pytest.raises(InvalidSlice):
+        quantum_cap(math.nan, 1.0, 3)
+    with pytest.raises(InvalidSlice):
+        quantum_cap(0.1, math.nan, 3)

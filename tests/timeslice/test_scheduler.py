@@ -1,20 +1,24 @@
 """What a quantum scheduler promises, on modelled GPUs."""
 
 import itertools
+import math
 
 import attrs
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from llmd.errors import InvalidSlice, PolicyError
 from llmd.sim.gpu import Job, SimGpu
 from llmd.timeslice import (
     Asked,
+    FairShare,
     FifoLock,
     GpuArbiter,
     GpuView,
     QuantumScheduler,
     Slot,
+    Turn,
 )
 
 from .conftest import STEP_S, endless, run, worker
@@ -161,10 +165,22 @@ def test_targets_that_exclude_each_other_are_complained_of():
     assert said.engines == 3
     assert said.engines_that_fit == 1
     assert "0.350 s to switch" in said.reason
+    # Two turns of 0.475 s and three switches; one more of each if overtaken.
+    assert "2.000 s in the ring, 2.825 s where another goes ahead" in said.reason
+    assert "twice that for the next turn of who did" in said.reason
     calm = [worker(name, endless(), switch_s=0.06) for name in "abc"]
     assert not run(
         QuantumScheduler(overhead=0.1, max_wait_s=2.0), calm, until=5.0
     ).complaints
+
+
+def test_a_complaint_speaks_of_the_turns_that_are_given():
+    slots = tuple(Slot(engine=n, requests=1, usual_switch_s=0.35) for n in "abc")
+    view = GpuView(now=0.0, rng=None, slots=slots)
+    policy = QuantumScheduler(overhead=0.1, max_wait_s=2.0, quantum_s=1.0)
+    said = policy.complaint(view).reason
+    assert "turns of 1.000 s waste 26%" in said
+    assert f"{policy.gap_bound_s('a', view):.3f} s in the ring" in said
 
 
 def test_a_longer_wait_ends_the_complaint():
@@ -191,3 +207,80 @@ def test_a_turn_that_another_policy_gave_is_owed_to_nobody():
     assert all(turn.run_s < 0.6 for turn in turns[1:])
     engines = [turn.engine for turn in turns]
     assert all(one != other for one, other in itertools.pairwise(engines))
+
+
+@pytest.mark.parametrize(
+    ("policy", "field", "values"),
+    [
+        (QuantumScheduler, "quantum_s", (math.nan, -1.0, 0.0, 1e-300, math.inf, "1")),
+        (QuantumScheduler, "min_turn_s", (math.nan, -1.0, 0.0, math.inf)),
+        (QuantumScheduler, "max_wait_s", (math.nan, -1.0, 0.0)),
+        (QuantumScheduler, "overhead", (math.nan, -1.0, 0.0, 1.0)),
+        (FairShare, "quantum_s", (math.nan, -1.0, 0.0, math.inf)),
+        (FifoLock, "linger_s", (math.nan, -1.0)),
+    ],
+)
+def test_times_that_no_clock_measures_are_refused(policy, field, values):
+    for value in values:
+        with pytest.raises(InvalidSlice, match=field):
+            policy(**{field: value})
+        with pytest.raises(InvalidSlice, match=field):
+            setattr(policy(), field, value)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e-300])
+def test_a_subclass_whose_turns_make_no_sense_is_named_and_ends(seconds):
+    class Odd(QuantumScheduler):
+        def turn_s(self, slot, view):
+            return seconds
+
+    workers = [worker(name, endless()) for name in "ab"]
+    with pytest.raises(PolicyError, match="Odd raised InvalidSlice: the turn of 'a'"):
+        run(Odd(), workers, until=1.0)
+
+
+def test_a_great_debt_is_paid_at_once_and_in_full():
+    view = GpuView(
+        now=1e6,
+        rng=None,
+        slots=tuple(Slot(engine=name, requests=1) for name in "abc"),
+    )
+    policy = QuantumScheduler(quantum_s=1e-6, min_turn_s=1e-6)
+    policy._enlist(view)
+    policy._deficits.update(a=-1e6, b=-2e6, c=-1e6 + 1e-6)
+    assert policy.next(view).engine == "c"
+    assert policy._deficits["b"] - policy._deficits["a"] == pytest.approx(-1e6)
+    assert abs(policy._deficits["a"]) < 1e-5
+    assert policy._ring == ["a", "b", "c"]
+
+
+def eighths(least, most):
+    return st.integers(least, most).map(lambda n: n / 8)
+
+
+@given(
+    st.lists(eighths(-160, 8), min_size=1, max_size=4),
+    eighths(1, 16),
+    eighths(1, 8),
+    st.sets(st.sampled_from("abcd")),
+)
+def test_rounds_added_up_are_rounds_gone_one_by_one(debts, quantum_s, min_turn_s, cut):
+    # In eighths, sums are exact in whatever order.
+    deficits = dict(zip("abcd", debts, strict=False))
+    slots = tuple(Slot(engine=name, requests=1) for name in deficits)
+    policy = QuantumScheduler(quantum_s=quantum_s, min_turn_s=min_turn_s)
+    view = GpuView(now=0.0, rng=None, slots=slots)
+    policy._enlist(view)
+    policy._deficits.update(deficits)
+    policy._cut = cut & set(deficits)
+    waiting = set(cut)
+    for name in itertools.cycle(deficits):
+        if name in waiting:
+            waiting.remove(name)
+        else:
+            deficits[name] = min(deficits[name], quantum_s) + quantum_s
+        if deficits[name] >= min(min_turn_s, quantum_s / 2):
+            break
+    assert policy.next(view) == Turn(name, deficits[name])
+    assert policy._deficits == deficits
+    assert policy._cut == waiting & set(deficits)

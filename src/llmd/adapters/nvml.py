@@ -24,6 +24,18 @@ def detect_all(nvml: Any = None) -> tuple[Detected, ...]:
     return tuple([detect(answers) for answers in read(nvml)])
 
 
+def first(nvml: Any = None) -> Answers:
+    """Return the answers of this machine's first device or MIG instance.
+
+    Raises:
+        UnknownHardware: There is no driver or no device.
+    """
+    found = read(nvml)
+    if not found:
+        raise UnknownHardware("NVML names no device")
+    return found[0]
+
+
 def read(nvml: Any = None) -> tuple[Answers, ...]:
     """Return the answers of every device, MIG instances one by one.
 

@@ -5,7 +5,8 @@ from .lease import Lease
 from .pool import EnginePool
 from .server import Server
 from .session import Sessions
-from .timeslice import SharedEngine, SharedGpu, Sleeper, Sliceable
+from .sliceable import Sleeper, Sliceable
+from .timeslice import SharedEngine, SharedGpu
 
 __all__ = [
     "Call",

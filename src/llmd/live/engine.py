@@ -121,6 +121,11 @@ class Engine(abc.ABC):
         """
         return None
 
+    @property
+    def replaced(self) -> bool:
+        """Whether what only this can serve waits for another when it dies."""
+        return True
+
     async def died(self) -> str:
         """Return, when the engine dies without `stop`, what happened.
 

@@ -226,7 +226,8 @@ class Server:
         if engine is not None:
             _log.warning("worker %s is lost: %s", worker, reason)
             self.counts["workers_lost"] += 1
-            self._drop(worker)
+            scaled = self.cluster.autoscaler is not None or self.scale is not None
+            self._drop(worker, replaced=scaled or engine.replaced)
             self._errand(engine.stop())
 
     async def __aenter__(self) -> Server:
@@ -292,13 +293,13 @@ class Server:
         self.leave(ticket)
         ticket.fail(error)
 
-    def _drop(self, worker: WorkerId) -> None:
+    def _drop(self, worker: WorkerId, replaced: bool = True) -> None:
         """Take a worker out of the fleet; its engine is the caller's to stop."""
         self._engines.pop(worker, None)
         watcher = self._watchers.pop(worker, None)
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
-        self.handle(e.WorkerLeft(self.clock(), worker))
+        self.handle(e.WorkerLeft(self.clock(), worker, replaced))
 
     def _report(self, event: Report) -> None:
         now = self.cluster.view.now

@@ -9,16 +9,17 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import attrs
 
 from ..cluster import Cluster
-from ..errors import InvalidSlice, LlmdError
+from ..errors import EngineError, InvalidEvent, InvalidSlice
 from ..machines import Machine
 from ..timeslice import (
     Action,
     Asked,
+    Blame,
     Complain,
     Do,
     Done,
@@ -36,31 +37,9 @@ from ..timeslice import (
 from ..types import Request, RequestId, State, Worker, WorkerId
 from .engine import Call, Engine, Output, Report
 from .sleepers import Sleepers
+from .sliceable import Sleeper, Sliceable
 
 _log = logging.getLogger("llmd.live")
-_RETRY_S = 0.1
-
-
-@runtime_checkable
-class Sliceable(Protocol):
-    """What an engine needs beside `Engine` to share a GPU."""
-
-    async def pause(self) -> None:
-        """Freeze all requests at the next step boundary, losing nothing."""
-
-    async def resume(self) -> None:
-        """Go on after `pause`."""
-
-
-@runtime_checkable
-class Sleeper(Sliceable, Protocol):
-    """An engine that can also give its memory away; it is paused meanwhile."""
-
-    async def sleep(self) -> None:
-        """Free the GPU memory; frozen requests survive."""
-
-    async def wake(self) -> None:
-        """Take the memory back and stay paused."""
 
 
 @attrs.define(eq=False)
@@ -77,12 +56,17 @@ class SharedGpu:
     Attributes:
         arbiter: Decides; its policy may be replaced at any time.
         complain: Called with what this GPU cannot do; None: all is well again.
+        replaced: Somebody adds another engine for one that is lost, so what
+            only that one could serve waits.  If not, it fails with
+            `WorkerLost` and the model is unknown from then on, unless there is
+            an autoscaler or a pool, or `Server.add_model` welcomed it.
         complaint: The last of these.
         counts: What went wrong, by name.
     """
 
     arbiter: GpuArbiter
     complain: Callable[[Infeasible | None], None] | None = None
+    replaced: bool = False
     complaint: Infeasible | None = attrs.field(default=None, init=False)
     counts: Counter[str] = attrs.field(factory=Counter, init=False)
     _engines: dict[str, SharedEngine] = attrs.field(factory=dict, init=False)
@@ -139,25 +123,26 @@ class SharedGpu:
         return self._followed is not None
 
     def tell(self, event: Callable[[float], GpuEvent]) -> None:
-        """Feed the arbiter with an event of now, and carry out what it says."""
+        """Feed the arbiter with an event of now, and carry out what it says.
+
+        Raises:
+            InvalidEvent: An engine joins that is there already, or has no room.
+        """
         if self._closed:
             return
-        loop = asyncio.get_running_loop()
-        now = max(loop.time(), self.arbiter.now)
-        due = self.arbiter.alarm
+        now = max(asyncio.get_running_loop().time(), self.arbiter.now)
+        commands = self.arbiter.handle(event(now))
+        self._set_alarm()
+        for command in commands:
+            self._carry_out(command)
+
+    def shielded(self, hook: Callable[..., object], *about: Any) -> None:
+        """Call what others gave; if it fails, that costs no engine anything."""
         try:
-            for command in self.arbiter.handle(event(now)):
-                self._carry_out(command)
-            due = self.arbiter.alarm
-        except LlmdError:
-            _log.exception("a time slice failed")
-            self.counts["policy_errors"] += 1
-            due = now + _RETRY_S
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-        if due < math.inf:
-            self._alarm = loop.call_at(due, self.tell, Asked)
+            hook(*about)
+        except Exception:
+            _log.exception("%r failed", hook)
+            self.counts["hook_errors"] += 1
 
     async def __aenter__(self) -> SharedGpu:
         return self
@@ -185,18 +170,32 @@ class SharedGpu:
                 async with asyncio.timeout(5.0):
                     await shared.engine.resume()
 
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self.arbiter.alarm < math.inf:
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_at(self.arbiter.alarm, self.tell, Asked)
+
     def _carry_out(self, command: GpuCommand) -> None:
         match command:
             case Do(engine=engine, action=action):
-                self._run(self._do(self._engines[engine], action))
+                # A hook called for the command before may have taken it out.
+                if shared := self._engines.get(engine):
+                    self._run(self._do(shared, action))
             case Lost(engine=engine, reason=reason):
                 _log.warning("engine %s is lost: %s", engine, reason)
                 self.counts["engines_lost"] += 1
-                self._engines[engine].lose(reason)
+                if shared := self._engines.get(engine):
+                    shared.lose(reason)
             case Complain(what=what):
                 self.complaint = what
                 if self.complain is not None:
-                    self.complain(what)
+                    self.shielded(self.complain, what)
+            case Blame(error=error):
+                _log.error("a time slice failed", exc_info=error)
+                self.counts["policy_errors"] += 1
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -259,8 +258,16 @@ class SharedEngine(Engine):
             self._asleep = True
             if self.gpu.followed:
                 facts = attrs.evolve(facts, state=State.SLEEPING)
-        self.gpu.tell(lambda at: Joined(at, self.sharer, self.starts_asleep))
+        try:
+            self.gpu.tell(lambda at: Joined(at, self.sharer, self.starts_asleep))
+        except InvalidEvent as error:
+            await self.stop()
+            raise EngineError(str(error)) from error
         return facts
+
+    @property
+    def replaced(self) -> bool:
+        return self.gpu.replaced
 
     @property
     def worker(self) -> WorkerId:
@@ -276,19 +283,15 @@ class SharedEngine(Engine):
     def show(self) -> None:
         """Tell the cluster that is followed whether this sleeps."""
         if self._progress is not None and self.gpu.followed:
-            self._progress(State.SLEEPING if self._asleep else State.READY)
+            state = State.SLEEPING if self._asleep else State.READY
+            self.gpu.shielded(self._progress, state)
 
     def could_serve(self, request: Request) -> bool:
         """Say whether it sleeps, and could serve *request* if it did not."""
-        facts = self._facts
-        if facts is None or not self._asleep:
+        if self._facts is None or not self._asleep:
             return False
         tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-        return (
-            (not request.model or not facts.models or request.model in facts.models)
-            and (not request.lora or request.lora in facts.loras)
-            and tokens <= facts.max_model_tokens
-        )
+        return self._facts.serves(request.model, request.lora, tokens)
 
     def wish(self, request: Request) -> None:
         """Count a request that waits elsewhere as a wish for the GPU."""

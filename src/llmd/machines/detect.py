@@ -7,12 +7,18 @@ import attrs
 from ..errors import UnknownHardware
 from .hardware import (
     A100,
+    A100_40,
+    A100_PCIE,
     GH200_96,
     GH200_144,
     GH200_NVL2,
     H100,
+    H100_NVL,
+    H100_PCIE,
     H200,
+    H200_NVL,
     L40S,
+    NVLINK4,
     PCIE5,
     Hardware,
     Link,
@@ -21,7 +27,20 @@ from .hardware import (
 ADDRESSING_ATS = 2
 """`NVML_DEVICE_ADDRESSING_MODE_ATS`: the GPU walks the CPU's page tables."""
 
-_ORDER = (("H200", H200), ("H100", H100), ("A100", A100), ("L40S", L40S))
+_ORDER = (
+    # All of these words in the product's name; the first that fits.
+    (("H200", "NVL"), H200_NVL),
+    (("H200",), H200),
+    (("H100", "NVL"), H100_NVL),
+    (("H100", "PCIE"), H100_PCIE),
+    (("H100",), H100),
+    (("A100", "40GB"), A100_40),
+    (("A100", "PCIE"), A100_PCIE),
+    (("A100",), A100),
+    (("L40S",), L40S),
+)
+_TOLERANCE = 0.1
+"""Of memory: what a driver says in GiB is 7 % over the GB of a data sheet."""
 _BUS = {3: 0.25, 4: 0.5, 5: 1.0, 6: 2.0}
 
 
@@ -97,10 +116,14 @@ def detect(answers: Answers) -> Detected:
     """Recognise a device.
 
     A GH200 is told by what it can do and not by its name alone: Hopper (compute
-    capability 9.0) on a chip-to-chip link.  A GB10 has such a link too.
+    capability 9.0) on a chip-to-chip link.  A GB10 has such a link too.  Cards
+    of one name differ by memory and form: those that no profile describes are
+    refused, and not given the rates of others.
 
     Raises:
-        UnknownHardware: No profile fits; the message repeats the answers.
+        UnknownHardware: No profile fits, or not by a tenth of the memory, or a
+            MIG instance does not say its memory; the message repeats the
+            answers.
 
     >>> found = detect(Answers(
     ...     name="NVIDIA GH200 480GB", memory_bytes=102_005_473_280,
@@ -118,7 +141,7 @@ def detect(answers: Answers) -> Detected:
         hardware = attrs.evolve(hardware, coherent=ats)
     else:
         hardware = attrs.evolve(hardware, host=_bus(hardware.host, answers))
-    if not answers.nvlink_peers and answers.gpus == 1:
+    if not answers.nvlink_peers:
         hardware = attrs.evolve(hardware, peer=None)
     if answers.mig_instance:
         hardware = _part(hardware, answers.memory_bytes / whole_bytes)
@@ -126,19 +149,60 @@ def detect(answers: Answers) -> Detected:
 
 
 def _profile(answers: Answers) -> Hardware:
-    hopper = answers.compute_capability == (9, 0)
-    if hopper and (answers.c2c or "GH200" in answers.name):
-        # Instances of a MIG split do not tell 96 from 144 GB; the name does.
-        large = answers.memory_bytes > 120e9 or "144G" in answers.name
-        if answers.nvlink_peers:
-            return GH200_NVL2
-        return GH200_144 if large else GH200_96
-    for part, hardware in _ORDER:
-        if part in answers.name and (
+    hardware = _by_name(answers)
+    if hardware is None:
+        raise UnknownHardware(f"no profile fits {answers}")
+    found, expected = answers.memory_bytes, hardware.memory_bytes
+    if answers.mig_instance:
+        # Which part of the GPU it is, only its memory tells.
+        if not 0 < found <= expected * (1 + _TOLERANCE):
+            raise UnknownHardware(
+                f"a MIG instance of {found} bytes is no part of {hardware.name}"
+                f" with its {expected:.0f}: {answers}"
+            )
+    elif found and abs(found / expected - 1) > _TOLERANCE:
+        raise UnknownHardware(
+            f"{hardware.name} has {expected:.0f} bytes, and other rates than one"
+            f" of {found}; give its profile by attrs.evolve: {answers}"
+        )
+    return hardware
+
+
+def _by_name(answers: Answers) -> Hardware | None:
+    name, hopper = answers.name.upper(), answers.compute_capability == (9, 0)
+    if hopper and (answers.c2c or "GH200" in name):
+        return _superchip(answers)
+    for words, hardware in _ORDER:
+        if all(word in name for word in words) and (
             answers.compute_capability == hardware.compute_capability
         ):
             return hardware
-    raise UnknownHardware(f"no profile fits {answers}")
+    return None
+
+
+def _superchip(answers: Answers) -> Hardware:
+    """Tell a GH200 by its memory, and its peers by how many share its NVLink."""
+    # Instances of a MIG split do not tell 96 from 144 GB; the name does.
+    large = answers.memory_bytes > 120e9 or "144G" in answers.name
+    hardware = GH200_144 if large else GH200_96
+    peers = len(answers.nvlink_peers)
+    if large and peers == 1:
+        return GH200_NVL2
+    # Joined directly they share its 18 links; by a switch each may use all.
+    direct = peers == answers.gpus - 1
+    return attrs.evolve(hardware, peer=_divided(NVLINK4, peers if direct else 1))
+
+
+def _divided(link: Link, ways: int) -> Link:
+    """Return what one of so many peers gets of a link."""
+    if ways <= 1:
+        return link
+    return attrs.evolve(
+        link,
+        name=f"{link.name} / {ways}",
+        in_bytes_per_s=link.in_bytes_per_s / ways,
+        out_bytes_per_s=link.out_bytes_per_s / ways,
+    )
 
 
 def _part(hardware: Hardware, share: float) -> Hardware:

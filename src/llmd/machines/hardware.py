@@ -103,6 +103,10 @@ NVLINK4 = Link(name="NVLink 4", in_bytes_per_s=450 * GB, out_bytes_per_s=450 * G
 NVLINK3 = Link(name="NVLink 3", in_bytes_per_s=300 * GB, out_bytes_per_s=300 * GB)
 """600 GB/s in both directions together by NVIDIA's A100 data sheet."""
 
+NVLINK_BRIDGE = attrs.evolve(NVLINK3, name="NVLink bridge")
+"""600 GB/s in both directions together between PCIe cards joined by bridges, by
+NVIDIA's data sheets of A100, H100 PCIe and H100 NVL."""
+
 GH200_96 = Hardware(
     name="gh200-96gb",
     memory_bytes=97_280 * (1 << 20),
@@ -145,6 +149,38 @@ assumed: a node of eight with 2 TB."""
 H100 = attrs.evolve(H200, name="h100", memory_bytes=80 * GB, memory_bytes_per_s=3.35e12)
 """NVIDIA H100 SXM data sheet: 80 GB HBM3 at 3.35 TB/s, compute as the H200."""
 
+H100_PCIE = attrs.evolve(
+    H100,
+    name="h100-pcie",
+    memory_bytes_per_s=2.0e12,
+    bf16_flops_per_s=756e12,
+    fp8_flops_per_s=1513e12,
+    peer=NVLINK_BRIDGE,
+)
+"""NVIDIA H100 PCIe data sheet: 80 GB HBM2e at 2.0 TB/s; compute is half of the
+figures with sparsity."""
+
+H100_NVL = attrs.evolve(
+    H100,
+    name="h100-nvl",
+    memory_bytes=94 * GB,
+    memory_bytes_per_s=3.9e12,
+    bf16_flops_per_s=835.5e12,
+    fp8_flops_per_s=1670.5e12,
+    peer=NVLINK_BRIDGE,
+)
+"""NVIDIA H100 NVL data sheet, of one card: 94 GB HBM3 at 3.9 TB/s; compute is
+half of the figures with sparsity."""
+
+H200_NVL = attrs.evolve(
+    H200,
+    name="h200-nvl",
+    bf16_flops_per_s=835.5e12,
+    fp8_flops_per_s=1670.5e12,
+)
+"""NVIDIA H200 NVL data sheet: memory and NVLink (by bridges, 900 GB/s) as the
+SXM module, compute as the H100 NVL."""
+
 A100 = Hardware(
     name="a100",
     memory_bytes=80 * GB,
@@ -157,6 +193,16 @@ A100 = Hardware(
 )
 """NVIDIA A100 80GB SXM data sheet; no FP8.  Host memory
 is assumed: a node of eight with 1 TB."""
+
+A100_PCIE = attrs.evolve(
+    A100, name="a100-pcie", memory_bytes_per_s=1.935e12, peer=NVLINK_BRIDGE
+)
+"""NVIDIA A100 80GB PCIe data sheet: 80 GB HBM2e at 1,935 GB/s."""
+
+A100_40 = attrs.evolve(
+    A100, name="a100-40gb", memory_bytes=40 * GB, memory_bytes_per_s=1.555e12
+)
+"""NVIDIA A100 40GB data sheet, SXM and PCIe alike: 40 GB HBM2 at 1,555 GB/s."""
 
 L40S = Hardware(
     name="l40s",
@@ -172,7 +218,10 @@ L40S = Hardware(
 
 PROFILES: dict[str, Hardware] = {
     hardware.name: hardware
-    for hardware in (GH200_96, GH200_144, GH200_NVL2, H200, H100, A100, L40S)
+    for hardware in (
+        *(GH200_96, GH200_144, GH200_NVL2, H200, H200_NVL, H100, H100_NVL, H100_PCIE),
+        *(A100, A100_PCIE, A100_40, L40S),
+    )
 }
 """Every profile by its name."""
 

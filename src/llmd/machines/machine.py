@@ -122,14 +122,24 @@ class Machine:
         )
 
     @classmethod
-    def detect(cls, answers: Answers, shape: Shape = QWEN25_7B) -> Machine:
+    def detect(
+        cls, answers: Answers | None = None, shape: Shape = QWEN25_7B
+    ) -> Machine:
         """Predict step times of a device that NVML describes.
 
-        `llmd.adapters.nvml.read` gets the answers.
+        Args:
+            answers: Of `llmd.adapters.nvml.read`; if not given, those of the
+                first device here, which needs nvidia-ml-py.
+            shape: Of the model.
 
         Raises:
-            UnknownHardware: No profile fits them.
+            UnknownHardware: No profile fits them, or there is no device.
         """
+        if answers is None:
+            # Adapters stand above this: asked for when called, never on import.
+            from ..adapters.nvml import first
+
+            answers = first()
         return cls.of(detect(answers).hardware, shape)
 
     def prefill_s(self, tokens: Amount, context: Amount | float = 0.0) -> Amount:

@@ -16,6 +16,7 @@ from ..machines import Machine
 from ..timeslice import (
     Action,
     Asked,
+    Blame,
     Complain,
     Do,
     Done,
@@ -231,7 +232,13 @@ class SimGpu:
             raise InvalidSlice("two engines have one name")
 
     def run(self, until: float) -> GpuReport:
-        """Simulate to *until* seconds and report."""
+        """Simulate to *until* seconds and report.
+
+        Raises:
+            PolicyError: The policy broke its contract, which a server would
+                report and survive.
+            InvalidEvent: An engine has no room even asleep.
+        """
         held_bytes = 0.0
         for worker in self.workers:
             held_bytes += worker.sharer.awake_bytes
@@ -299,6 +306,8 @@ class SimGpu:
                 self._at(self.now, lambda: self._crash(engine))
             case Complain(what=what):
                 self._complaints.append(what)
+            case Blame(error=error):
+                raise error
 
     def _do(self, engine: str, action: Action) -> None:
         worker = self._alive.get(engine)

@@ -3,6 +3,7 @@ from .interface import GpuView, Infeasible, Slot, TimeSlice, Turn
 from .messages import (
     Action,
     Asked,
+    Blame,
     Complain,
     Do,
     Done,
@@ -23,6 +24,7 @@ from .simple import FairShare, FifoLock
 __all__ = [
     "Action",
     "Asked",
+    "Blame",
     "Complain",
     "Do",
     "Done",

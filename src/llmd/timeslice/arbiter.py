@@ -15,21 +15,28 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 
-from ..errors import InvalidEvent, PolicyError, shortened, shown
+from ..errors import InvalidEvent, InvalidSlice, PolicyError, policy_error, shown
 from . import messages as m
+from .amounts import SHORTEST_TURN_S, amount
 from .interface import GpuView, Infeasible, TimeSlice, Turn
 from .messages import Action
 from .seats import Seat, Seats, SeatState
 
 Answer = TypeVar("Answer")
 
-_SHORTEST = 1e-6
-"""Seconds until a policy is asked again; what is left by rounding is less."""
+_RETRY_S = 0.1
+"""Seconds until a policy that failed is asked again."""
+
+
+def _time_slice(_: Any, __: Any, policy: Any) -> None:
+    if not isinstance(policy, TimeSlice):
+        raise InvalidSlice(f"{shown(policy)} is no TimeSlice")
 
 
 @attrs.define(eq=False)
@@ -41,12 +48,16 @@ class GpuArbiter:
     It knows no clock, no engine and no GPU, so a simulator and a server drive
     the same one.
 
+    A policy that raises or answers nonsense costs a `Blame` and nothing else:
+    books are kept without it, whoever runs goes on, and it is asked again soon.
+
     Attributes:
         policy: Decides; may be replaced at any time.
         memory_bytes: Of the GPU, for all engines together; inf if all fit.
         prefetch: Wake the engine expected next while another runs, where
             memory allows.
-        timeout_s: Longest an action may take before its engine is lost.
+        timeout_s: Longest an action may take before its engine is lost; inf
+            waits for ever.
         seed: Of all randomness.
         history: The last turns.
         alarm: When to say `Asked` at the latest.
@@ -57,10 +68,14 @@ class GpuArbiter:
     [Do(engine='a', action=<Action.PAUSE: 'pause'>)]
     """
 
-    policy: TimeSlice
-    memory_bytes: float = math.inf
+    policy: TimeSlice = attrs.field(validator=_time_slice)
+    memory_bytes: float = attrs.field(
+        default=math.inf, validator=amount(1.0, endless=True)
+    )
     prefetch: bool = True
-    timeout_s: float = 60.0
+    timeout_s: float = attrs.field(
+        default=60.0, validator=amount(SHORTEST_TURN_S, endless=True)
+    )
     seed: int = 0
     history: deque[m.TurnTaken] = attrs.field(
         factory=lambda: deque(maxlen=10_000), init=False
@@ -74,6 +89,7 @@ class GpuArbiter:
     _began_at: float = attrs.field(default=0.0, init=False)
     _ask_at: float = attrs.field(default=math.inf, init=False)
     _complaint: Infeasible | None = attrs.field(default=None, init=False)
+    _blames: list[m.Blame] = attrs.field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._rng = np.random.default_rng(self.seed)
@@ -87,12 +103,12 @@ class GpuArbiter:
         Events about engines that are gone are late, not wrong.
 
         Raises:
-            InvalidEvent: It is older than the last one, of an unknown type, or
-                an engine joins that is there already or has no room.
-            PolicyError: The policy broke its contract.
+            InvalidEvent: It is older than the last one or never, of an unknown
+                type, or an engine joins that is there already or has no room;
+                nothing has changed.
         """
-        if not event.at >= self.now:
-            raise InvalidEvent(f"{event!r} is before {self.now}")
+        if not self.now <= event.at < math.inf:
+            raise InvalidEvent(f"{event!r} is before {self.now} or never")
         commands: list[m.GpuCommand] = []
         match event:
             case m.Joined(sharer=sharer):
@@ -119,7 +135,8 @@ class GpuArbiter:
         commands += self._expire()
         commands += self._advance()
         self._set_alarm()
-        return commands
+        blames, self._blames = self._blames, []
+        return [*commands, *blames]
 
     @property
     def running(self) -> str | None:
@@ -168,7 +185,7 @@ class GpuArbiter:
         if engine in self._seats:
             self._end_turn(engine)
             self._seats.remove(engine)
-            self.policy.left(engine)
+            self._note(self.policy.left, engine)
 
     def _want(self, event: m.Wanted) -> None:
         seat = self._seats.get(event.engine)
@@ -205,7 +222,7 @@ class GpuArbiter:
         """Go on without *engine*."""
         self._end_turn(engine)
         self._seats[engine].lose(self.now + self.timeout_s)
-        self.policy.left(engine)
+        self._note(self.policy.left, engine)
         return [m.Lost(engine, reason)]
 
     def _end_turn(self, engine: str) -> None:
@@ -227,38 +244,50 @@ class GpuArbiter:
         )
         switch_s = self._began_at - self._chosen_at
         run_s = self.now - self._began_at
-        self._ask(self.policy.ran, engine, run_s, switch_s, self.view())
+        self._note(self.policy.ran, engine, run_s, switch_s, self.view())
 
     # Decisions -------------------------------------------------------------
 
     def _advance(self) -> list[m.GpuCommand]:
-        commands: list[m.GpuCommand] = []
         self._ask_at = math.inf
         if any(seat.doing is Action.PAUSE for seat in self._seats):
-            return commands
-        if self.running is not None:
-            running = self._seats[self.running]
-            turn = self._next()
-            if turn.engine != running.name:
-                return self._do(running, Action.PAUSE)
-            self._ask_at = self.now + max(turn.seconds, _SHORTEST)
-            return [*self._judge(), *self._prepare()]
+            return []
         if self._target is None:
-            turn = self._next()
-            if turn.engine is None:
-                return self._judge()
-            self._target, self._chosen_at = turn.engine, self.now
-            commands += self._judge()
-        return [*commands, *self._bring(self._seats[self._target])]
+            return self._choose()
+        running = self._seats[self._target]
+        if running.state is not SeatState.RUNNING:
+            return self._bring(running)
+        turn = self._next()
+        if turn is None:
+            return []
+        if turn.engine != running.name:
+            return self._do(running, Action.PAUSE)
+        self._ask_at = self.now + max(turn.seconds, SHORTEST_TURN_S)
+        return [*self._judge(), *self._prepare()]
 
-    def _next(self) -> Turn:
+    def _choose(self) -> list[m.GpuCommand]:
+        turn = self._next()
+        if turn is None:
+            return []
+        if turn.engine is None:
+            return self._judge()
+        self._target, self._chosen_at = turn.engine, self.now
+        return [*self._judge(), *self._bring(self._seats[turn.engine])]
+
+    def _next(self) -> Turn | None:
+        """Ask for a turn; None, and soon again, if the policy has none to give."""
         view = self.view()
-        turn = self._ask(self.policy.next, view)
-        known = turn.engine is None or turn.engine in self.engines
-        # A turn of nothing would be asked for again at once, for ever.
-        if not known or not turn.seconds > 0 or (view.running and not turn.engine):
-            name = type(self.policy).__name__
-            raise PolicyError(f"{name} answered {shown(turn)} to {shown(view, 500)}")
+
+        def fits(turn: object) -> bool:
+            if not isinstance(turn, Turn) or not isinstance(turn.seconds, Real):
+                return False
+            idle = turn.engine is None and view.running is None
+            # A turn of nothing would be asked for again at once, for ever.
+            return (idle or turn.engine in self.engines) and turn.seconds > 0
+
+        turn = self._ask(self.policy.next, view, fits=fits, otherwise=None)
+        if turn is None:
+            self._ask_at = self.now + _RETRY_S
         return turn
 
     def _bring(self, seat: Seat) -> list[m.GpuCommand]:
@@ -298,25 +327,59 @@ class GpuArbiter:
 
     def _judge(self) -> list[m.GpuCommand]:
         """Complain when what is wrong has changed."""
-        what = self._ask(self.policy.complaint, self.view())
-        before = self._complaint
-        self._complaint = what
+        kinds, before = (Infeasible, type(None)), self._complaint
+        what = self._complaint = self._ask(
+            self.policy.complaint,
+            self.view(),
+            fits=lambda what: isinstance(what, kinds),
+            otherwise=before,
+        )
         same = (what and what.engines) == (before and before.engines)
         return [] if same else [m.Complain(what)]
 
     # Details ---------------------------------------------------------------
 
     def _upcoming(self) -> tuple[str, ...]:
-        return self._ask(self.policy.upcoming, self.view())
+        view, there = self.view(), frozenset(self.engines)
+        return self._ask(
+            self.policy.upcoming,
+            view,
+            fits=lambda order: isinstance(order, tuple) and there.issuperset(order),
+            otherwise=TimeSlice.upcoming(self.policy, view),
+        )
 
-    def _ask(self, question: Callable[..., Answer], *about: Any) -> Answer:
-        """Ask the policy; whatever it raises is its breach of contract."""
+    def _ask(
+        self,
+        question: Callable[[GpuView], Answer],
+        view: GpuView,
+        *,
+        fits: Callable[[Answer], bool],
+        otherwise: Answer,
+    ) -> Answer:
+        """Return the policy's answer, or blame it and go on with *otherwise*.
+
+        Nothing is raised, as commands may be due already.
+        """
         try:
-            return question(*about)
+            answer = question(view)
+            if fits(answer):
+                return answer
+            name = f"{type(self.policy).__name__}.{question.__name__}"
+            said = f"{name} answered {shown(answer)} to {shown(view, 500)}"
+            self._blame(PolicyError(said))
         except Exception as error:
-            name, said = type(self.policy).__name__, shortened(str(error), 500)
-            failure = f"{name} raised {type(error).__name__}: {said}"
-            raise PolicyError(failure) from error
+            self._blame(error)
+        return otherwise
+
+    def _note(self, hook: Callable[..., None], *what: Any) -> None:
+        """Let the policy take note; what it raises changes no books."""
+        try:
+            hook(*what)
+        except Exception as error:
+            self._blame(error)
+
+    def _blame(self, error: Exception) -> None:
+        self._blames.append(m.Blame(policy_error(self.policy, error)))
 
     def _do(self, seat: Seat, action: Action) -> list[m.GpuCommand]:
         seat.begin(action, self.now, self.timeout_s)

@@ -101,7 +101,8 @@ class TimeSlice(abc.ABC):
     turn's seconds are over, an engine came or died.  To answer with the engine
     that runs lets it go on.  To answer with another stops it at its next step
     boundary and asks once more, with nobody running: the answer to that one
-    counts, so that what happened meanwhile is seen.
+    counts, so that what happened meanwhile is seen.  One that raises, or answers
+    what makes no sense, is blamed and asked again soon; see `GpuArbiter`.
 
     >>> class LongestQueue(TimeSlice):
     ...     def next(self, view):

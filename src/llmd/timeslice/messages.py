@@ -7,8 +7,9 @@ import math
 
 import attrs
 
-from ..errors import InvalidSlice
+from ..errors import InvalidSlice, LlmdError
 from ..machines import Machine, Switching
+from .amounts import amount
 from .interface import Infeasible
 
 
@@ -38,17 +39,17 @@ class Sharer:
     """
 
     engine: str
-    weight: float = 1.0
-    awake_bytes: float = 0.0
-    asleep_bytes: float = 0.0
-    pause_s: float = 0.0
-    resume_s: float = 0.02
-    sleep_s: float = 0.4
-    wake_s: float = 0.7
+    weight: float = attrs.field(default=1.0, validator=amount())
+    awake_bytes: float = attrs.field(default=0.0, validator=amount())
+    asleep_bytes: float = attrs.field(default=0.0, validator=amount())
+    pause_s: float = attrs.field(default=0.0, validator=amount())
+    resume_s: float = attrs.field(default=0.02, validator=amount())
+    sleep_s: float = attrs.field(default=0.4, validator=amount())
+    wake_s: float = attrs.field(default=0.7, validator=amount())
 
     def __attrs_post_init__(self) -> None:
-        if not self.engine or not 0 < self.weight < math.inf:
-            raise InvalidSlice(f"{self!r} needs a name and a finite positive weight")
+        if not self.engine or not self.weight > 0:
+            raise InvalidSlice(f"{self!r} needs a name and a weight above 0")
 
     @classmethod
     def on(
@@ -164,6 +165,13 @@ class Complain(GpuCommand):
     """Tell the autoscaler what this GPU cannot do; None: all is well again."""
 
     what: Infeasible | None
+
+
+@attrs.frozen
+class Blame(GpuCommand):
+    """Report what the policy did wrong; it is asked again when `alarm` says."""
+
+    error: LlmdError
 
 
 @attrs.frozen(kw_only=True)

@@ -22,11 +22,15 @@ from ..errors import InvalidSlice
 def quantum_for_overhead(switch_s: float, overhead: float) -> float:
     """Return the shortest turn that wastes at most *overhead*, in (0, 1).
 
+    Raises:
+        InvalidSlice: The overhead is not, or a switch takes no finite time.
+
     >>> round(quantum_for_overhead(0.35, 0.05), 2)
     6.65
     """
     if not 0 < overhead < 1:
         raise InvalidSlice(f"overhead is {overhead}, must be in (0, 1)")
+    _check_switches([switch_s])
     return switch_s * (1 - overhead) / overhead
 
 
@@ -35,9 +39,14 @@ def quantum_cap(switch_s: float, max_wait_s: float, engines: int) -> float:
 
     Zero or less means that none does.
 
+    Raises:
+        InvalidSlice: A switch takes no finite time, or the wait is a NaN.
+
     >>> round(quantum_cap(0.35, 2.0, 3), 3), quantum_cap(0.35, 1.0, 3) > 0
     (0.475, False)
     """
+    _check_switches([switch_s])
+    _check_wait(max_wait_s)
     if engines < 2:
         return math.inf
     return (max_wait_s - switch_s) / (engines - 1) - switch_s
@@ -81,13 +90,22 @@ def choose_quantum(
         overhead: Part of the time that switching may take, in (0, 1).
         max_wait_s: Longest wait for a turn, its switch included.
 
+    Raises:
+        InvalidSlice: The numbers of weights and switches differ, or one of them
+            is not what it must be: weights above 0, switches of 0 s or more,
+            all finite.
+
     >>> choose_quantum([1, 1, 1], [0.06] * 3, 0.1, 2.0).feasible
     True
     >>> choose_quantum([1, 1, 1], [0.35] * 3, 0.1, 2.0).engines_that_fit
     1
     """
-    if not weights or len(weights) != len(switches_s) or min(weights) <= 0:
+    if not weights or len(weights) != len(switches_s):
         raise InvalidSlice(f"weights {weights} and switches {switches_s} do not match")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InvalidSlice(f"weights {weights} must be finite and above 0")
+    _check_switches(switches_s)
+    _check_wait(max_wait_s)
     parts = [weight / min(weights) for weight in weights]
     pays = max(
         quantum_for_overhead(switch, overhead) / part
@@ -111,6 +129,16 @@ def choose_quantum(
         feasible=pays <= cap,
         engines_that_fit=_fitting(worst, overhead, max_wait_s, len(parts)),
     )
+
+
+def _check_switches(switches_s: Sequence[float]) -> None:
+    if not all(0 <= switch_s < math.inf for switch_s in switches_s):
+        raise InvalidSlice(f"switches of {switches_s} s must be finite and 0 or more")
+
+
+def _check_wait(max_wait_s: float) -> None:
+    if math.isnan(max_wait_s):
+        raise InvalidSlice("max_wait_s is a NaN")
 
 
 def _cap(parts: Sequence[float], switches_s: Sequence[float], limit: float) -> float:

@@ -10,13 +10,13 @@ at once.  And the length of a turn follows from what switches cost.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import attrs
 
 from ..errors import InvalidSlice
+from .amounts import SHORTEST_TURN_S, amount
 from .interface import GpuView, Infeasible, Slot, TimeSlice, Turn
 from .quantum import Quantum, choose_quantum
 
@@ -46,9 +46,14 @@ class QuantumScheduler(TimeSlice):
     """
 
     overhead: float = attrs.field(default=0.05, validator=_share)
-    max_wait_s: float = math.inf
-    quantum_s: float | None = None
-    min_turn_s: float = 0.05
+    max_wait_s: float = attrs.field(
+        default=math.inf, validator=amount(SHORTEST_TURN_S, endless=True)
+    )
+    quantum_s: float | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(amount(SHORTEST_TURN_S)),
+    )
+    min_turn_s: float = attrs.field(default=0.05, validator=amount(SHORTEST_TURN_S))
 
     _deficits: dict[str, float] = attrs.field(factory=dict, init=False)
     _ring: list[str] = attrs.field(factory=list, init=False)
@@ -145,32 +150,44 @@ class QuantumScheduler(TimeSlice):
         engine that itself went ahead of its place has had that turn: it may
         wait twice as long for the one after.
         """
-        own = view.slot(engine)
-        others = [slot for slot in view.wanting if slot.engine != engine]
-        turns = [
-            self.turn_s(slot, view) + slot.usual_switch_s + step_s for slot in others
-        ]
-        ahead = (
-            max(turns, default=0.0) if len({s.band for s in view.wanting}) > 1 else 0
-        )
-        return sum(turns) + ahead + own.usual_switch_s
+        bands = {slot.band for slot in view.wanting}
+        return self._gap_s(view.slot(engine), view, step_s, overtaken=len(bands) > 1)
 
     def complaint(self, view: GpuView) -> Infeasible | None:
         chosen = self.quantum(view)
         if chosen is None or chosen.feasible or len(view.wanting) < 2:
             return None
         slots = view.wanting
-        worst = max(slot.usual_switch_s for slot in slots)
+        turns = [self.turn_s(slot, view) for slot in slots]
+        switches = [slot.usual_switch_s for slot in slots]
+        waste = max(s / (s + turn) for s, turn in zip(switches, turns, strict=True))
+        in_ring, overtaken = (
+            max(self._gap_s(slot, view, overtaken=ahead) for slot in slots)
+            for ahead in (False, True)
+        )
         return Infeasible(
             reason=(
-                f"{len(slots)} engines, {worst:.3f} s to switch: a waste of"
+                f"{len(slots)} engines, {max(switches):.3f} s to switch: a waste of"
                 f" {self.overhead:.0%} and a wait of {self.max_wait_s:g} s exclude each"
-                f" other; turns of {chosen.seconds:.3f} s waste {chosen.overhead:.0%}"
-                f" and make {chosen.wait_s:.3f} s of wait"
+                f" other; turns of {min(turns):.3f} s waste {waste:.0%} and make a wait"
+                f" of {in_ring:.3f} s in the ring, {overtaken:.3f} s where another goes"
+                " ahead of its place, twice that for the next turn of who did"
             ),
             engines=len(slots),
             engines_that_fit=chosen.engines_that_fit,
         )
+
+    def _gap_s(
+        self, own: Slot, view: GpuView, step_s: float = 0.0, *, overtaken: bool
+    ) -> float:
+        """Return the longest wait of *own*, once *overtaken* or not at all."""
+        turns = [
+            self.turn_s(slot, view) + slot.usual_switch_s + step_s
+            for slot in view.wanting
+            if slot.engine != own.engine
+        ]
+        ahead = max(turns, default=0.0) if overtaken else 0.0
+        return sum(turns) + ahead + own.usual_switch_s
 
     def _enlist(self, view: GpuView) -> None:
         for slot in view.slots:
@@ -204,27 +221,50 @@ class QuantumScheduler(TimeSlice):
         return Turn(urgent.engine, self._allowed)
 
     def _regular(self, view: GpuView, ring: list[Slot]) -> Turn:
-        """Go round until somebody has a turn's worth.
+        """Go round until somebody has a turn's worth, in O(N) whatever the debts.
 
-        Every round adds to every deficit and debts are at most a few turns, so
-        this ends soon.
+        Raises:
+            InvalidSlice: A subclass made a turn that no clock can measure.
         """
-        for slot in itertools.cycle(ring):
-            name, full = slot.engine, self.turn_s(slot, view)
+        turns = [(slot.engine, self.turn_s(slot, view)) for slot in ring]
+        for name, full in turns:
+            if not SHORTEST_TURN_S <= full < math.inf:
+                raise InvalidSlice(f"the turn of {name!r} would take {full} s")
+        visits = [self._visits(name, full) for name, full in turns]
+        # Rounds in which nobody gets enough are added up and not gone one by one.
+        rounds = min(visits)
+        place = visits.index(rounds)
+        for row, (name, full) in enumerate(turns):
+            self._credit(name, full, rounds if row <= place else rounds - 1)
+        for name, _ in turns[: place + 1]:
             self._ring.remove(name)
             self._ring.append(name)
-            if name in self._cut:
-                self._cut.discard(name)
-            else:
-                self._deficits[name] = min(self._deficits[name], full) + full
-            # Less is not worth a switch; half a turn always is, or rounding
-            # would make every other turn a double one.
-            if self._deficits[name] >= min(self.min_turn_s, full / 2):
-                self._overtaken.discard(name)
-                self._ahead, self._granted = False, name
-                self._allowed = self._deficits[name]
-                return Turn(name, self._allowed)
-        raise AssertionError("a ring without engines")
+        name, full = turns[place]
+        self._overtaken.discard(name)
+        self._ahead, self._granted = False, name
+        self._allowed = max(self._deficits[name], self._worth(full))
+        return Turn(name, self._allowed)
+
+    def _worth(self, full: float) -> float:
+        """Return what must be left for a turn; less is not worth a switch.
+
+        Half a turn always is, or rounding would make every other turn a double
+        one.
+        """
+        return min(self.min_turn_s, full / 2)
+
+    def _visits(self, name: str, full: float) -> int:
+        """Return how often the ring must come to an engine until it has a turn."""
+        missing = math.ceil((self._worth(full) - self._deficits[name]) / full)
+        return max(missing, 0) + 1 if name in self._cut else max(missing, 1)
+
+    def _credit(self, name: str, full: float, visits: int) -> None:
+        """Add to a deficit what *visits* in vain, or the one that counts, add."""
+        if visits and name in self._cut:
+            self._cut.discard(name)
+            visits -= 1
+        if visits:
+            self._deficits[name] = min(self._deficits[name], full) + visits * full
 
     def _urgent(
         self, view: GpuView, waits: Sequence[tuple[Slot, float]]

@@ -6,6 +6,7 @@ import math
 
 import attrs
 
+from .amounts import SHORTEST_TURN_S, amount
 from .interface import GpuView, TimeSlice, Turn
 
 
@@ -24,7 +25,7 @@ class FifoLock(TimeSlice):
     0.0
     """
 
-    linger_s: float = 0.0
+    linger_s: float = attrs.field(default=0.0, validator=amount(endless=True))
     _busy_at: float = attrs.field(default=-math.inf, init=False)
 
     def next(self, view: GpuView) -> Turn:
@@ -58,7 +59,7 @@ class FairShare(TimeSlice):
     0.5
     """
 
-    quantum_s: float = 1.0
+    quantum_s: float = attrs.field(default=1.0, validator=amount(SHORTEST_TURN_S))
     _clocks: dict[str, float] = attrs.field(factory=dict, init=False)
     _wanting: frozenset[str] = attrs.field(default=frozenset(), init=False)
 
