@@ -82,6 +82,9 @@ if __name__ == "__main__":
     parser.add_argument("--hpa", metavar="MANIFEST")
     parser.add_argument("--plot", metavar="PATH")
     options = parser.parse_args()
+    if options.plot:
+        import matplotlib  # noqa: F401  (say so now if the extra `plot` is missing)
+
     logging.disable(logging.WARNING)
     model = str(make_model(".models/tiny"))
     asyncio.run(run(model, make_policy(options.hpa), course := []))

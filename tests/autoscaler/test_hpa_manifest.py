@@ -330,3 +330,23 @@ def test_junk_anywhere_is_taken_or_refused_in_short(junk):
         except InvalidPolicy as error:
             refused = str(error)
         assert len(refused) < 300
+
+
+def test_a_list_is_read_as_kubectl_prints_one():
+    import yaml
+
+    documents = [*yaml.safe_load_all(FULL)]
+    for kind in ("List", "HorizontalPodAutoscalerList"):
+        listed = yaml.safe_dump({"apiVersion": "v1", "kind": kind, "items": documents})
+        assert manifests.load(listed) == manifests.load(FULL)
+
+
+@pytest.mark.parametrize("quantity", [" 5", "5 ", "\u0665", "5\n"])
+def test_a_quantity_has_no_blanks_and_only_our_digits(quantity):
+    with pytest.raises(InvalidPolicy, match="no quantity"):
+        AverageValue(quantity)
+
+
+def test_no_text_is_no_manifest():
+    with pytest.raises(InvalidPolicy):
+        manifests.load(None)

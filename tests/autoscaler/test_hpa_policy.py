@@ -101,3 +101,19 @@ def test_a_worker_without_a_request_is_told_of(make_bench):
 def test_an_average_needs_no_requests(make_bench):
     scaler = make_hpa(Resource("cpu", AverageValue(2)), {})
     assert scaler.target(make_bench(2).view) == 3
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [lambda view: 1 / 0, lambda view: np.zeros(99), lambda view: [1.0] * 99],
+    ids=["raises", "wrong shape", "a list"],
+)
+def test_a_signal_that_fails_is_one_metric_that_cannot_be_had(make_bench, signal):
+    metrics = (Pods("bad", AverageValue(1)), Pods("good", AverageValue(1)))
+    policy = Hpa(
+        spec=HpaSpec(max_replicas=9, metrics=metrics),
+        signals={"bad": signal, "good": lambda view: np.full(len(view.workers), 3.0)},
+    )
+    advice = policy.recommend(make_bench(1).view)
+    assert advice.workers == 3  # the other still lets it grow
+    assert "bad" in advice.explain()

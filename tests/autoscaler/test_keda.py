@@ -12,6 +12,7 @@ import llmd
 from llmd.autoscaler import TargetConcurrency
 from llmd.autoscaler.hpa import AverageValue, External, History, HpaSpec, Scene
 from llmd.commands import Scale
+from llmd.errors import InvalidPolicy
 from llmd.live import Server
 
 pytest.importorskip("grpc")
@@ -182,3 +183,14 @@ def read_soon(stream):
     if getattr(stream, "_reading", None) is None or stream._reading.done():
         stream._reading = asyncio.ensure_future(stream.read())
     return stream._reading
+
+
+async def test_a_port_that_is_in_use_is_refused():
+    first, second = KedaScaler(), KedaScaler()
+    port = await first.listen()
+    try:
+        with pytest.raises(InvalidPolicy, match=str(port)):
+            await second.listen(f"127.0.0.1:{port}")
+    finally:
+        await first.close()
+        await second.close()

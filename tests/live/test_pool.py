@@ -223,3 +223,40 @@ async def test_engines_that_die_again_and_again_are_tried_ever_later(make_engine
                     await asyncio.sleep(0.01)
     gaps = [b - a for a, b in itertools.pairwise(starts)]
     assert gaps[3] > 2 * gaps[0]
+
+
+async def test_an_engine_that_hangs_in_its_start_is_given_up_and_tried_again(
+    make_engine,
+):
+    class Hung(type(make_engine())):
+        async def start(self, worker, report, progress):
+            await asyncio.Event().wait()
+
+    made = [Hung(), make_engine()]
+    async with Server(llmd.Cluster()) as server:
+        pool = EnginePool(server, lambda: made.pop(0), start_timeout=0.05, pause=0.01)
+        async with pool:
+            pool.want(1)
+            async with asyncio.timeout(10):
+                while not server.cluster.view.workers.ready().any():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert "not within 0.05 s" in pool.failures[0]
+            assert server.counts["engine_failures"] == 1
+            assert len(server.engines) == 1
+
+
+async def test_two_pools_of_one_name_are_refused_and_a_name_nobody_has_is_told_of(
+    make_engine, caplog
+):
+    async with (
+        Server(llmd.Cluster()) as server,
+        EnginePool(server, make_engine, name="a") as first,
+    ):
+        async with EnginePool(server, make_engine, name="b"):
+            with pytest.raises(InvalidPolicy, match="two pools called 'a'"):
+                async with EnginePool(server, make_engine, name="a"):
+                    pass
+        for _ in range(3):
+            server.scale(llmd.commands.Scale(2, "typo"))
+        assert caplog.text.count("nobody has engines for the pool 'typo'") == 1
+        assert first.wanted == 0

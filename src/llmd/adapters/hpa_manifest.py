@@ -82,17 +82,26 @@ def load(text: str) -> Manifest:
 
     try:
         documents = list(yaml.safe_load_all(text))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, AttributeError) as error:
         raise InvalidPolicy(f"the manifest is no YAML: {error}") from error
     found = [
         document
-        for document in documents
+        for listed in documents
+        for document in _listed(listed)
         if isinstance(document, Mapping)
         and document.get("kind") == "HorizontalPodAutoscaler"
     ]
     if len(found) != 1:
         raise InvalidPolicy(f"{len(found)} HorizontalPodAutoscalers found, not one")
     return from_dict(found[0])
+
+
+def _listed(document: Any) -> list[Any]:
+    """Return the items of a list, as `kubectl get -o yaml` prints one."""
+    if isinstance(document, Mapping) and str(document.get("kind")).endswith("List"):
+        items = document.get("items")
+        return items if isinstance(items, list) else []
+    return [document]
 
 
 def from_dict(manifest: Json) -> Manifest:

@@ -25,7 +25,7 @@ import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from .. import commands as c
-from ..errors import shortened, shown
+from ..errors import InvalidPolicy, shortened, shown
 
 SERVICE = "externalscaler.ExternalScaler"
 METRIC = "llmd-workers"
@@ -130,10 +130,18 @@ class KedaScaler:
         task.add_done_callback(self._errands.discard)
 
     async def listen(self, address: str = "127.0.0.1:0") -> int:
-        """Serve on *address* until `close`, and return the port."""
-        self._server = grpc.aio.server()
+        """Serve on *address* until `close`, and return the port.
+
+        Raises:
+            InvalidPolicy: The address is in use, or none.
+        """
+        # Else a second scaler on the port would be taken, and asked by turns.
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         self._server.add_generic_rpc_handlers((self._handlers(),))
-        port = self._server.add_insecure_port(address)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidPolicy(f"{address} cannot be served on: {error}") from error
         await self._server.start()
         return int(port)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from ..errors import InvalidPolicy, NoSignal, PolicyError, shown
+from ..errors import InvalidPolicy, NoSignal, shortened, shown
 from ..recommendation import Proposal
 from ..timeslice import Infeasible
 from ..view import View
@@ -200,7 +200,8 @@ class Largest(Autoscaler):
 
     Only their wishes count, not their bounds.  If one of them cannot tell,
     the count may grow and not shrink, as in an HPA with several metrics; one
-    that wants a NaN or an infinity cannot tell, and the advice says so.
+    that raises, or wants a NaN or an infinity, cannot tell, and the advice says
+    so.
 
     Attributes:
         policies: To ask.
@@ -232,8 +233,9 @@ def _told(policy: Autoscaler, view: View) -> list[Proposal]:
     """Return what *policy* proposes; what is no count cannot be told."""
     try:
         proposals = policy.proposals(view)
-    except PolicyError as error:
-        return [Proposal(type(policy).__name__, math.nan, str(error))]
+    except Exception as error:  # one of several must not speak for all
+        why = f"{type(error).__name__}: {shortened(str(error), 200)}"
+        return [Proposal(type(policy).__name__, math.nan, why)]
     return [
         attrs.evolve(p, workers=math.nan, note=f"it wants {p.workers} workers")
         if math.isinf(p.workers)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import attrs
 
 from ..copied import Copied
-from ..errors import InvalidPolicy, NoSignal, PolicyError
+from ..errors import InvalidPolicy, NoSignal, PolicyError, shortened, shown
 from ..recommendation import Proposal, Recommendation, Step
 from ..view import View
 from .behavior import MOST, Behavior, Changes, Rules, Select, note_change
@@ -25,7 +25,8 @@ class Autoscaler(Copied, abc.ABC):
         wish -> tolerance -> windows -> rates -> bounds -> workers
 
     A wish that cannot be told now (`NoSignal`) keeps the count.  From zero
-    workers a wish counts at once, whatever the windows say.
+    workers a wish counts at once, whatever the windows say, and while a request
+    waits there is never none, whatever the wish says.
 
     Attributes:
         min_workers: Never fewer; 0 lets an idle fleet go.
@@ -61,10 +62,11 @@ class Autoscaler(Copied, abc.ABC):
     _removed: Changes = attrs.field(default=(), init=False)
 
     def __attrs_post_init__(self) -> None:
-        if not 0 <= self.min_workers <= self.max_workers:
+        low, high = self.min_workers, self.max_workers
+        if not (_is_count(low) and _is_count(high) and low <= high):
             raise InvalidPolicy(
-                f"bounds are {self.min_workers} and {self.max_workers},"
-                " must be 0 <= min_workers <= max_workers"
+                f"bounds are {shown(low)} and {shown(high)}, want whole numbers,"
+                " 0 <= min_workers <= max_workers"
             )
         if not (self.patience >= 0 and self.tolerance >= 0):
             raise InvalidPolicy("patience and tolerance must not be negative")
@@ -99,13 +101,14 @@ class Autoscaler(Copied, abc.ABC):
         Raises:
             PolicyError: `wanted` gave a NaN or an infinity.
         """
-        proposals = self.proposals(view)
-        for proposal in proposals:
-            if math.isinf(proposal.workers):
-                self._checked(proposal.workers)
         current = self._current(view)
+        proposals = self._proposals(view, current)
         steps = self._settle(view.now, current, proposals)
         workers = steps[-1].after if steps else _wish(proposals)
+        if workers < 1 <= self.max_workers and len(view.waiting):
+            # Whatever was measured, it was measured without a worker to answer.
+            steps.append(Step("waiting", workers, 1, "requests wait for a worker"))
+            workers = 1
         if workers != current:
             self._note(view.now, workers - current)
         self._asked = workers
@@ -123,6 +126,21 @@ class Autoscaler(Copied, abc.ABC):
         return (self.recommend(view),)
 
     # Inside --------------------------------------------------------------
+
+    def _proposals(self, view: View, current: int) -> tuple[Proposal, ...]:
+        """Ask the policy; where bounds or waiting decide, it need not answer."""
+        try:
+            proposals = self.proposals(view)
+            for proposal in proposals:
+                if math.isinf(proposal.workers):
+                    self._checked(proposal.workers)
+        except Exception as error:
+            inside = self.min_workers <= current <= self.max_workers
+            if inside and (current or not len(view.waiting)):
+                raise
+            failed = f"it failed: {type(error).__name__}: {shortened(str(error), 200)}"
+            return (Proposal(type(self).__name__, math.nan, failed),)
+        return proposals
 
     def _checked(self, wanted: float) -> float:
         if not math.isfinite(wanted):
@@ -209,6 +227,10 @@ class Autoscaler(Copied, abc.ABC):
         else:
             longest = self.down.longest
             self._removed = note_change(self._removed, now, -change, longest)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _wish(proposals: tuple[Proposal, ...]) -> int:

@@ -19,6 +19,7 @@ from .engine import Engine
 from .server import Server
 
 _log = logging.getLogger("llmd.live")
+_POOLS_KEPT = 64
 
 
 @attrs.define
@@ -57,6 +58,8 @@ class EnginePool:
         models: Names that are welcome even while no engine is there.
         expected: What an engine will say of itself, for policies that count
             starting ones.
+        start_timeout: Seconds an engine may take to start; one that takes longer
+            is stopped, and counts as failed.
         drain_timeout: Seconds an engine may take to finish before it stops.
         pause: Seconds before a failed start is tried again, at first.
         longest_pause: Seconds that pause may grow to.
@@ -69,6 +72,7 @@ class EnginePool:
     name: str = ""
     models: tuple[str, ...] = ()
     expected: Worker | None = None
+    start_timeout: float = 1800.0
     drain_timeout: float = 60.0
     pause: float = 1.0
     longest_pause: float = 60.0
@@ -82,6 +86,7 @@ class EnginePool:
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _keeper: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _others: Callable[[c.Scale], None] | None = attrs.field(default=None, init=False)
+    _unheard: set[str] = attrs.field(factory=set, init=False)
 
     def obey(self, scale: c.Scale) -> None:
         """Have as many engines as *scale* says, if it is about this pool."""
@@ -89,6 +94,9 @@ class EnginePool:
             self.want(scale.workers)
         elif self._others is not None:
             self._others(scale)
+        elif scale.pool not in self._unheard and len(self._unheard) < _POOLS_KEPT:
+            self._unheard.add(scale.pool)
+            _log.warning("nobody has engines for the pool %r", scale.pool)
 
     def want(self, engines: int) -> None:
         """Have so many engines; they come and go in the background.
@@ -107,6 +115,16 @@ class EnginePool:
         return tuple([id for id, member in self._members.items() if not member.leaving])
 
     async def __aenter__(self) -> EnginePool:
+        """Begin.
+
+        Raises:
+            InvalidPolicy: Another pool of this name is kept for the server.
+        """
+        other = self.server.scale
+        while isinstance(pool := getattr(other, "__self__", None), EnginePool):
+            if pool.name == self.name:
+                raise InvalidPolicy(f"there are two pools called {self.name!r}")
+            other = pool._others
         for model in self.models:
             self.server.add_model(model)
         self._others, self.server.scale = self.server.scale, self.obey
@@ -191,13 +209,16 @@ class EnginePool:
 
     async def _start(self, worker: WorkerId) -> None:
         try:
-            await self.server.add(self.make(), worker, self.expected)
+            async with asyncio.timeout(self.start_timeout) as limit:
+                await self.server.add(self.make(), worker, self.expected)
         except asyncio.CancelledError:
             self._members.pop(worker, None)
             raise
         except Exception as error:
             self._members.pop(worker, None)
-            self._fail(f"{worker} did not start: {error}")
+            late = f"not within {self.start_timeout:g} s"
+            why = late if limit.expired() else error
+            self._fail(f"{worker} did not start: {why}")
         else:
             self._members[worker].ready_at = self.server.clock()
             self._failed = 0

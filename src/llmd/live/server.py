@@ -51,6 +51,7 @@ class Server:
     prefill_timeout: float = 30.0
     scale: Callable[[c.Scale], None] | None = None
     counts: Counter[str] = attrs.field(factory=Counter, init=False)
+    _said: str = attrs.field(default="", init=False)
 
     _engines: dict[WorkerId, Engine] = attrs.field(factory=dict, init=False)
     _watchers: dict[WorkerId, asyncio.Task[None]] = attrs.field(
@@ -321,9 +322,12 @@ class Server:
             await asyncio.sleep(self.tick)
             try:
                 self.handle(e.Tick(self.clock()))
-            except LlmdError:
-                _log.exception("a policy failed on a tick")
+            except LlmdError as error:
                 self.counts["policy_errors"] += 1
+                # The same again, ten times a second, tells nothing new.
+                if (said := repr(error)) != self._said:
+                    self._said = said
+                    _log.exception("a policy failed on a tick")
 
 
 async def _bounded(work: Coroutine[Any, Any, None]) -> None:

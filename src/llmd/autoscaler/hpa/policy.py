@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -18,6 +19,7 @@ from .metrics import Resource, Utilization
 from .pods import Phase, Pod, Sample, Scene
 from .quantity import Quantity
 
+_log = logging.getLogger("llmd.autoscaler")
 _PHASES = {
     State.STARTING: Phase.PENDING,
     State.LOADING: Phase.PENDING,
@@ -104,6 +106,7 @@ class Hpa(Autoscaler):
     requests: Requests | Callable[[Worker], Requests] = attrs.field(factory=dict)
     _history: History = attrs.field(factory=History, init=False)
     _next: float = attrs.field(default=-math.inf, init=False)
+    _failed: dict[str, str] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.min_workers = self.spec.min_replicas
@@ -135,10 +138,7 @@ class Hpa(Autoscaler):
         values: dict[str, tuple[float]] = {}
         for metric in self.spec.metrics:
             key = metric.key if isinstance(metric, Resource) else metric.name
-            try:
-                measured = self._signal(key)(view)
-            except NoSignal:
-                continue
+            measured = self._measured(key, view)
             if isinstance(measured, np.ndarray):
                 samples[key] = _samples(view, measured)
                 measured = float(np.nansum(measured))
@@ -155,6 +155,20 @@ class Hpa(Autoscaler):
             samples=samples,
             values=values,
         )
+
+    def _measured(self, key: str, view: View) -> Floats | float:
+        """Ask a signal; one that fails is one metric that cannot be had."""
+        try:
+            measured = self._signal(key)(view)
+            if isinstance(measured, np.ndarray | list | tuple):
+                each = np.asarray(measured, dtype=np.float64)
+                return each if each.shape == (len(view.workers),) else math.nan
+            return float(measured)
+        except Exception as error:
+            if not isinstance(error, NoSignal) and self._failed.get(key) != repr(error):
+                self._failed[key] = repr(error)
+                _log.warning("the signal %r failed: %r", key, error)
+            return math.nan
 
     def _pod(self, name: str, state: State, requests: Requests) -> Pod:
         """Return the pod that a worker is."""

@@ -12,8 +12,8 @@ from ...errors import InvalidPolicy, shown
 Quantity: TypeAlias = str | int | float | Fraction
 
 _FORM = re.compile(
-    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))"
-    r"(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d{1,3})?"
+    r"(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))"
+    r"(?P<suffix>[numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]{1,3})?"
 )
 _DECIMAL = {
     suffix: Fraction(10) ** (3 * step) for step, suffix in enumerate("kMGTPE", 1)
@@ -55,7 +55,7 @@ def exact(quantity: Quantity) -> Fraction:
     if isinstance(quantity, int | Fraction):
         return Fraction(quantity)
     # By way of its shortest decimal form, so that 0.1 is a tenth.
-    text = repr(quantity) if isinstance(quantity, float) else str(quantity).strip()
+    text = repr(quantity) if isinstance(quantity, float) else str(quantity)
     form = _FORM.fullmatch(text)
     if form is None:
         raise InvalidPolicy(f"{shown(quantity)} is no quantity")

@@ -1,0 +1,105 @@
+"""No worker and a request that waits: any policy wakes the fleet."""
+
+import contextlib
+import math
+
+import pytest
+
+import llmd
+from llmd import autoscaler as a
+from llmd import commands as c
+from llmd import events as e
+from llmd.errors import InvalidPolicy, NoSignal, PolicyError
+
+
+class CannotTell(a.Autoscaler):
+    def wanted(self, view):
+        raise NoSignal("no worker, no signal")
+
+
+class Broken(a.Autoscaler):
+    def wanted(self, view):
+        return 1 / len(view.workers)
+
+
+def nothing(view):
+    return 0.0
+
+
+BOUNDS = {"min_workers": 0, "max_workers": 3}
+
+
+def utilisation():
+    with pytest.warns(UserWarning, match="GPU utilisation"):
+        return a.TargetUtilisation(measure=nothing, **BOUNDS)
+
+
+POLICIES = [
+    a.Forecast(rate_per_worker=5, **BOUNDS),
+    a.TargetMetric(measure=nothing, per_worker=1.0, **BOUNDS),
+    a.TargetMetric(measure=lambda view: math.nan, per_worker=1.0, **BOUNDS),
+    utilisation(),
+    a.TargetConcurrency(
+        requests_per_worker=5, up=a.Rules(select=a.Select.DISABLED), **BOUNDS
+    ),
+    CannotTell(**BOUNDS),
+    Broken(**BOUNDS),
+]
+
+
+def asleep(policy, waiting=True):
+    cluster = llmd.Cluster(autoscaler=policy)
+    cluster.handle(e.ModelAdded(0.0, "m"))
+    if waiting:
+        request = llmd.Request(id="r", prompt=[1], model="m")
+        cluster.handle(e.RequestArrived(0.0, request))
+    return cluster
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_any_policy_wakes_a_fleet_that_a_request_waits_for(policy):
+    cluster = asleep(policy)
+    [scale] = cluster.handle(e.Tick(1.0))
+    assert isinstance(scale, c.Scale)
+    assert scale.workers >= 1
+    # And it is not sent to sleep again before it is up.
+    with contextlib.suppress(PolicyError):
+        assert all(scale.workers for scale in cluster.handle(e.Tick(2.0)))
+
+
+def test_it_says_so():
+    [scale] = asleep(CannotTell(**BOUNDS)).handle(e.Tick(1.0))
+    assert "requests wait for a worker" in scale.advice.explain()
+
+
+def test_nobody_is_woken_for_nothing_or_beyond_the_bounds():
+    idle = asleep(CannotTell(**BOUNDS), waiting=False)
+    assert not any(scale.workers for scale in idle.handle(e.Tick(1.0)))
+    closed = asleep(CannotTell(min_workers=0, max_workers=0))
+    assert not any(scale.workers for scale in closed.handle(e.Tick(1.0)))
+
+
+def test_bounds_hold_though_the_policy_fails():
+    cluster = asleep(Broken(min_workers=2, max_workers=3), waiting=False)
+    [scale] = cluster.handle(e.Tick(1.0))
+    assert scale.workers == 2
+    assert "it failed: ZeroDivisionError" in scale.advice.explain()
+    with pytest.raises(PolicyError, match="Broken"):  # inside, nothing is changed
+        cluster.handle(e.Tick(2.0))
+
+
+def test_a_member_that_raises_does_not_speak_for_all():
+    load = a.TargetConcurrency(requests_per_worker=1)
+    cluster = asleep(a.Largest(policies=(Broken(), load), **BOUNDS))
+    [scale] = cluster.handle(e.Tick(1.0))
+    assert scale.workers == 1
+    assert "ZeroDivisionError" in scale.advice.explain()
+
+
+@pytest.mark.parametrize(
+    "bounds", [(2.5, 3), (True, 3), ("1", 3), (0, None), (-1, 3), (3, 2), (0, math.nan)]
+)
+def test_bounds_that_are_no_counts_are_refused(bounds):
+    low, high = bounds
+    with pytest.raises(InvalidPolicy, match="bounds"):
+        CannotTell(min_workers=low, max_workers=high)
