@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import attrs
 
+from .errors import LlmdError, shortened
+
 
 @attrs.frozen
 class Proposal:
@@ -22,6 +24,13 @@ class Proposal:
     name: str
     workers: float
     note: str = ""
+
+    @classmethod
+    def untold(cls, name: str, error: Exception) -> Proposal:
+        """Return that of a signal that *error* kept from being told."""
+        own = isinstance(error, LlmdError)
+        said = str(error) if own else f"{type(error).__name__}: {error}"
+        return cls(name, math.nan, shortened(said, 200))
 
     @property
     def valid(self) -> bool:

@@ -1,11 +1,22 @@
 """An HPA in this process, its pods the workers of a fleet."""
 
+import attrs
 import numpy as np
 import pytest
 
-from llmd.autoscaler.hpa import AverageValue, Hpa, HpaSpec, Pods, Resource, Utilization
+from llmd.autoscaler.hpa import (
+    AverageValue,
+    External,
+    Hpa,
+    HpaSpec,
+    Pods,
+    Resource,
+    Utilization,
+)
 from llmd.errors import InvalidPolicy, MissingRequest
 from llmd.types import State
+
+SPEC = HpaSpec(max_replicas=3, metrics=(Pods("x", AverageValue(1)),))
 
 
 def test_an_hpa_follows_the_workers_of_a_fleet(make_bench):
@@ -103,12 +114,22 @@ def test_an_average_needs_no_requests(make_bench):
     assert scaler.target(make_bench(2).view) == 3
 
 
+def raises(view):
+    return 1 / 0
+
+
 @pytest.mark.parametrize(
-    "signal",
-    [lambda view: 1 / 0, lambda view: np.zeros(99), lambda view: [1.0] * 99],
-    ids=["raises", "wrong shape", "a list"],
+    ("signal", "why"),
+    [
+        (raises, "ZeroDivisionError: division by zero"),
+        (lambda view: np.zeros(99), r"shape (99,), want (1,) or one"),
+        (lambda view: [1.0] * 99, "shape (99,), want (1,) or one"),
+        (lambda view: "many", "could not convert string to float: 'many'"),
+        (lambda view: np.nan, "the signal is nan"),
+    ],
+    ids=["raises", "wrong shape", "a list", "a text", "a NaN"],
 )
-def test_a_signal_that_fails_is_one_metric_that_cannot_be_had(make_bench, signal):
+def test_a_signal_that_fails_is_one_metric_that_cannot_be_had(make_bench, signal, why):
     metrics = (Pods("bad", AverageValue(1)), Pods("good", AverageValue(1)))
     policy = Hpa(
         spec=HpaSpec(max_replicas=9, metrics=metrics),
@@ -116,4 +137,47 @@ def test_a_signal_that_fails_is_one_metric_that_cannot_be_had(make_bench, signal
     )
     advice = policy.recommend(make_bench(1).view)
     assert advice.workers == 3  # the other still lets it grow
-    assert "bad" in advice.explain()
+    [told] = [line for line in advice.explain().splitlines() if "bad" in line]
+    assert told.startswith("  Pods bad cannot tell: ")
+    assert told.endswith(why)
+
+
+def test_a_list_of_each_worker_will_do(make_bench):
+    metric = Pods("busy", AverageValue(1))
+    policy = Hpa(
+        spec=HpaSpec(max_replicas=9, metrics=(metric,)),
+        signals={"busy": lambda view: [3.0] * len(view.workers)},
+    )
+    assert policy.target(make_bench(1).view) == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Hpa(spec=SPEC, interval=np.nan),
+        lambda: Hpa(spec=SPEC, interval="15"),
+        lambda: attrs.evolve(SPEC, max_replicas=2.5),
+        lambda: attrs.evolve(SPEC, max_replicas=None),
+        lambda: attrs.evolve(SPEC, min_replicas="1"),
+        lambda: attrs.evolve(SPEC, tolerance="0.1"),
+        lambda: Utilization(np.nan),
+    ],
+)
+def test_numbers_that_are_none_are_refused(make):
+    with pytest.raises(InvalidPolicy):
+        make()
+
+
+def test_an_hpa_at_zero_wakes_by_a_metric_that_sees_the_queue(make_bench):
+    """As upstream: by its own metrics, and by nothing else."""
+    counts = []
+    for name in ("inference_extension_flow_control_queue_size", "no such metric"):
+        metric = External(name, AverageValue(5))
+        spec = HpaSpec(min_replicas=0, max_replicas=4, metrics=(metric,))
+        scaler, bench = Hpa(spec=spec, interval=1.0), make_bench(0)
+        scaler.target(bench.view)
+        scaler._asked = 0
+        bench.arrive(6)
+        bench.wait(1.0)
+        counts.append(scaler.target(bench.view))
+    assert counts == [2, 0]

@@ -11,10 +11,14 @@ from llmd.autoscaler import (
     Autoscaler,
     Consolidation,
     Count,
+    Forecast,
+    Kpa,
     Largest,
+    LatencySlo,
     Percent,
     Pool,
     Pools,
+    Quantile,
     Rules,
     Select,
     TargetConcurrency,
@@ -27,6 +31,7 @@ from llmd.autoscaler import (
 )
 from llmd.errors import InvalidPolicy, PolicyError
 from llmd.recommendation import Proposal
+from llmd.sim import Rollout, Slo
 from llmd.types import State
 
 
@@ -116,6 +121,16 @@ def test_a_broken_wish_is_named_and_changes_nothing(make_bench):
         lambda: Rules(tolerance=-0.1),
         lambda: Count(0, 15.0),
         lambda: Count(1, 0.0),
+        lambda: Count(math.nan, 15.0),
+        lambda: Count("1", 15.0),
+        lambda: Count(True, 15.0),
+        lambda: Count(1, "15"),
+        lambda: Percent(math.inf, 15.0),
+        lambda: Percent(2.5, 15.0),
+        lambda: Rules(window="9"),
+        lambda: Rules(tolerance="0.1"),
+        lambda: Told(patience="5"),
+        lambda: Told(tolerance=None),
         lambda: TargetConcurrency(requests_per_worker=0),
         lambda: TargetConcurrency(requests_per_worker=math.nan),
         lambda: TargetConcurrency(requests_per_worker="five"),
@@ -168,6 +183,30 @@ def test_totals_count_what_came_and_went(make_bench):
     assert (totals.requests, totals.prompt_tokens, totals.ended_requests) == (2, 60, 1)
     assert totals.generated_tokens == 5
     assert 0 < totals.uncached_tokens <= 60
+
+
+LOAD = TargetConcurrency(requests_per_worker=1)
+FROM_ZERO = {"min_workers": 0, "max_workers": 3}
+
+
+@pytest.mark.parametrize(
+    "scaler",
+    [
+        Kpa(requests_per_worker=7, **FROM_ZERO),
+        LatencySlo(**FROM_ZERO),
+        TargetWait(wait=2.0, **FROM_ZERO),
+        Forecast(rate_per_worker=1, **FROM_ZERO),
+        Quantile(policy=LOAD, **FROM_ZERO),
+        Rollout(slo=Slo(ttft_s=1.0, tpot_s=1.0), **FROM_ZERO),
+    ],
+    ids=lambda scaler: type(scaler).__name__,
+)
+def test_before_anything_has_happened_nothing_is_wanted(scaler):
+    cluster = llmd.Cluster()
+    assert scaler.target(cluster.view) == 0
+    for at in (5.0, 50.0):  # and nothing of it is remembered
+        cluster.handle(e.Tick(at))
+        assert scaler.target(cluster.view) == 0
 
 
 # One signal -----------------------------------------------------------------

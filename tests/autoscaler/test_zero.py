@@ -83,9 +83,54 @@ def test_bounds_hold_though_the_policy_fails():
     cluster = asleep(Broken(min_workers=2, max_workers=3), waiting=False)
     [scale] = cluster.handle(e.Tick(1.0))
     assert scale.workers == 2
-    assert "it failed: ZeroDivisionError" in scale.advice.explain()
+    assert "Broken cannot tell: ZeroDivisionError" in scale.advice.explain()
     with pytest.raises(PolicyError, match="Broken"):  # inside, nothing is changed
         cluster.handle(e.Tick(2.0))
+
+
+class Silent(a.Autoscaler):
+    """Tells by its proposals alone that it cannot tell."""
+
+    def proposals(self, view):
+        raise NoSignal("not yet")
+
+    wanted = proposals
+
+
+def test_proposals_may_lack_a_signal_too(make_bench):
+    scaler = Silent(max_workers=3)
+    assert scaler.target(make_bench(2).view) == 2
+    assert "Silent cannot tell: not yet" in scaler.advice.explain()
+
+
+class Fussy(a.Autoscaler):
+    """Fails whatever is there."""
+
+    def wanted(self, view):
+        raise KeyError("gone")
+
+
+def test_a_pool_whose_policy_fails_keeps_no_other_asleep():
+    load = a.TargetConcurrency(requests_per_worker=1, **BOUNDS)
+    pools = {"bad": a.Pool(policy=Fussy(max_workers=3)), "good": a.Pool(policy=load)}
+    cluster = asleep(a.Pools(pools=pools), waiting=False)
+    assert [s.workers for s in cluster.handle(e.Tick(1.0))] == [1, 0]
+    request = llmd.Request(id="r", prompt=[1], model="m")
+    cluster.handle(e.RequestArrived(1.0, request))
+    [scale] = cluster.handle(e.Tick(2.0))
+    assert (scale.pool, scale.workers) == ("good", 1)
+    assert "Fussy cannot tell: KeyError: 'gone'" in str(cluster.autoscaler.advice)
+
+
+def test_a_budget_rounds_no_pool_to_sleep(make_bench):
+    few = a.TargetMetric(measure=nothing, per_worker=1.0, **BOUNDS)
+    many = a.TargetMetric(measure=lambda view: 40.0, per_worker=1.0, max_workers=40)
+    pools = {"few": a.Pool(policy=few), "many": a.Pool(policy=many)}
+    scaler = a.Pools(pools=pools, budget=4)
+    view = asleep(None).view
+    counts = [{p.pool: p.workers for p in scaler.recommendations(view)}]
+    counts += [{p.pool: p.workers for p in scaler.recommendations(view)}]
+    assert counts[-1] == {"few": 1, "many": 3}
 
 
 def test_a_member_that_raises_does_not_speak_for_all():

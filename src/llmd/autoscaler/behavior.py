@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from ..errors import InvalidPolicy
+from ..errors import InvalidPolicy, shown
+from .amounts import is_number, is_whole
 
 MOST = 2**31 - 1
 """The largest count Kubernetes can hold."""
@@ -46,10 +47,12 @@ class Rate(abc.ABC):
     period: float
 
     def __attrs_post_init__(self) -> None:
-        if self.value <= 0:
-            raise InvalidPolicy(f"a rate of {self.value} allows no change at all")
-        if not 0 < self.period <= 1800:
-            raise InvalidPolicy(f"period is {self.period} s, must be in (0, 1800]")
+        name, value, period = type(self).__name__, self.value, self.period
+        if not (is_whole(value) and value > 0):
+            said = f"a {name} of {shown(value)}, must be a whole number over 0"
+            raise InvalidPolicy(said)
+        if not (is_number(period) and 0 < period <= 1800):
+            raise InvalidPolicy(f"period is {shown(period)} s, must be in (0, 1800]")
 
     @abc.abstractmethod
     def up(self, start: int) -> int:
@@ -89,8 +92,8 @@ class Percent(Rate):
 
 
 def _window(instance: Any, attribute: Any, value: float | None) -> None:
-    if value is not None and not 0 <= value <= 3600:
-        raise InvalidPolicy(f"window is {value} s, must be in [0, 3600]")
+    if value is not None and not (is_number(value) and 0 <= value <= 3600):
+        raise InvalidPolicy(f"window is {shown(value)} s, must be in [0, 3600]")
 
 
 @attrs.frozen(kw_only=True)
@@ -114,8 +117,10 @@ class Rules:
     tolerance: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise InvalidPolicy(f"tolerance is {self.tolerance}, must not be negative")
+        given = self.tolerance
+        if given is not None and not (is_number(given) and given >= 0):
+            said = f"tolerance is {shown(given)}, must be a number, and not negative"
+            raise InvalidPolicy(said)
 
     @property
     def longest(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -13,7 +12,7 @@ import attrs
 from ..errors import InvalidPolicy, shown
 from ..recommendation import Recommendation, Step
 from ..view import View
-from .followers import _positive
+from .amounts import is_number, is_whole, positive
 from .interface import Autoscaler
 
 # Prices and worths in decimals do not divide exactly: 0.3 / 0.1 < 3.
@@ -21,13 +20,13 @@ _SLACK = 1e-9
 
 
 def _finite(instance: object, attribute: Any, value: float) -> None:
-    _positive(instance, attribute, value)
+    positive(instance, attribute, value)
     if not value < math.inf:
         raise InvalidPolicy(f"Offer.{attribute.name} is {value}, must be finite")
 
 
 def _whole(instance: object, attribute: Any, value: int) -> None:
-    if type(value) is not int or value < 1:
+    if not (is_whole(value) and value > 0):
         where = f"Offer.{attribute.name}"
         raise InvalidPolicy(f"{where} is {shown(value)}, must be a whole number over 0")
 
@@ -108,10 +107,9 @@ class Cheapest(Autoscaler):
         super().__attrs_post_init__()
         _check(self.offers)
         money = self.budget
-        if isinstance(money, bool) or not isinstance(money, numbers.Real):
-            raise InvalidPolicy(f"budget is {shown(money)}, must be a number")
-        if not money >= 0:
-            raise InvalidPolicy(f"budget is {money}, must not be negative")
+        if not (is_number(money) and money >= 0):
+            said = f"budget is {shown(money)}, must be a number, and not negative"
+            raise InvalidPolicy(said)
 
     def wanted(self, view: View) -> float:
         return float(self.policy.recommend(view).workers)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import attrs
 
-from ..errors import InvalidPolicy, NoSignal, shortened, shown
+from ..errors import InvalidPolicy, NoSignal
 from ..recommendation import Proposal
 from ..timeslice import Infeasible
 from ..view import View
+from .amounts import positive
 from .interface import Autoscaler
-
-
-def _positive(instance: object, attribute: Any, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
-        where = f"{type(instance).__name__}.{attribute.name}"
-        raise InvalidPolicy(f"{where} is {shown(value)}, must be a number over 0")
 
 
 @attrs.define(kw_only=True)
@@ -35,7 +28,7 @@ class TargetConcurrency(Autoscaler):
     300.0
     """
 
-    requests_per_worker: float = attrs.field(validator=_positive)
+    requests_per_worker: float = attrs.field(validator=positive)
 
     def wanted(self, view: View) -> float:
         running = int(view.workers.running_requests.sum())
@@ -56,7 +49,7 @@ class TargetQueue(Autoscaler):
     0.0
     """
 
-    waiting_per_worker: float = attrs.field(validator=_positive)
+    waiting_per_worker: float = attrs.field(validator=positive)
 
     def wanted(self, view: View) -> float:
         queued = int(view.workers.waiting_requests.sum())
@@ -75,14 +68,16 @@ class TargetWait(Autoscaler):
     1000
     """
 
-    wait: float = attrs.field(validator=_positive)
+    wait: float = attrs.field(validator=positive)
     looked_at: int = 1000
 
     def wanted(self, view: View) -> float:
         heads = itertools.islice(view.waiting, self.looked_at)
-        arrived = min([request.arrived_at for request in heads], default=view.now)
+        arrived = [request.arrived_at for request in heads]
+        if not arrived:
+            return 0.0
         supply = max(int(view.workers.supply().sum()), 1)
-        return supply * (view.now - arrived) / self.wait
+        return supply * (view.now - min(arrived)) / self.wait
 
 
 @attrs.define(kw_only=True)
@@ -98,7 +93,7 @@ class TargetKV(Autoscaler):
     0.8
     """
 
-    usage: float = attrs.field(default=0.8, validator=_positive)
+    usage: float = attrs.field(default=0.8, validator=positive)
 
     def wanted(self, view: View) -> float:
         workers = view.workers
@@ -123,7 +118,7 @@ class TargetMetric(Autoscaler):
     """
 
     measure: Callable[[View], float]
-    per_worker: float = attrs.field(validator=_positive)
+    per_worker: float = attrs.field(validator=positive)
 
     def wanted(self, view: View) -> float:
         measured = self.measure(view)
@@ -146,7 +141,7 @@ class TargetUtilisation(Autoscaler):
     """
 
     measure: Callable[[View], float]
-    utilisation: float = attrs.field(default=0.8, validator=_positive)
+    utilisation: float = attrs.field(default=0.8, validator=positive)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -232,16 +227,14 @@ class Largest(Autoscaler):
 def _told(policy: Autoscaler, view: View) -> list[Proposal]:
     """Return what *policy* proposes; what is no count cannot be told."""
     try:
-        proposals = policy.proposals(view)
+        return [
+            attrs.evolve(p, workers=math.nan, note=f"it wants {p.workers} workers")
+            if math.isinf(p.workers)
+            else p
+            for p in policy.proposals(view)
+        ]
     except Exception as error:  # one of several must not speak for all
-        why = f"{type(error).__name__}: {shortened(str(error), 200)}"
-        return [Proposal(type(policy).__name__, math.nan, why)]
-    return [
-        attrs.evolve(p, workers=math.nan, note=f"it wants {p.workers} workers")
-        if math.isinf(p.workers)
-        else p
-        for p in proposals
-    ]
+        return [Proposal.untold(type(policy).__name__, error)]
 
 
 @attrs.define(kw_only=True)
@@ -261,7 +254,7 @@ class Consolidation(Autoscaler):
     """
 
     policy: Autoscaler
-    ceiling: float = attrs.field(default=0.9, validator=_positive)
+    ceiling: float = attrs.field(default=0.9, validator=positive)
 
     def proposals(self, view: View) -> tuple[Proposal, ...]:
         there = float(self._current(view))

@@ -10,8 +10,9 @@ import attrs
 from ..errors import NoSignal
 from ..recommendation import Proposal
 from ..view import View
-from .followers import _positive
+from .amounts import positive
 from .interface import Autoscaler
+from .window import moment
 
 
 @attrs.define(kw_only=True)
@@ -101,9 +102,9 @@ class Forecast(Autoscaler):
     10.0
     """
 
-    rate_per_worker: float = attrs.field(validator=_positive)
-    cold_start: float = attrs.field(default=60.0, validator=_positive)
-    step: float = attrs.field(default=10.0, validator=_positive)
+    rate_per_worker: float = attrs.field(validator=positive)
+    cold_start: float = attrs.field(default=60.0, validator=positive)
+    step: float = attrs.field(default=10.0, validator=positive)
     season: float = 0.0
     spread: float = 1.0
     series: HoltWinters = attrs.field(factory=HoltWinters)
@@ -121,7 +122,7 @@ class Forecast(Autoscaler):
         try:
             rate = self.rate(view)
         except NoSignal as error:
-            return (Proposal("Forecast", math.nan, str(error)),)
+            return (Proposal.untold("Forecast", error),)
         wish = self._checked(rate / self.rate_per_worker)
         note = f"{rate:.4g} requests/s within {self.cold_start:.4g} s"
         return (Proposal("Forecast", wish, note),)
@@ -135,7 +136,7 @@ class Forecast(Autoscaler):
         Raises:
             NoSignal: Arrivals have not been watched for two steps yet.
         """
-        self._watch(view.now, view.totals.requests)
+        self._watch(moment(view), view.totals.requests)
         if self.series.seen < 2:
             raise NoSignal("arrivals have not been watched long enough")
         steps = self._horizon

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import attrs
 
 from ..copied import Copied
-from ..errors import InvalidPolicy, NoSignal, PolicyError, shortened, shown
+from ..errors import InvalidPolicy, NoSignal, PolicyError, shown
 from ..recommendation import Proposal, Recommendation, Step
 from ..view import View
+from .amounts import is_number, is_whole
 from .behavior import MOST, Behavior, Changes, Rules, Select, note_change
 from .window import Window
 
@@ -63,13 +64,16 @@ class Autoscaler(Copied, abc.ABC):
 
     def __attrs_post_init__(self) -> None:
         low, high = self.min_workers, self.max_workers
-        if not (_is_count(low) and _is_count(high) and low <= high):
+        if not (is_whole(low) and is_whole(high) and 0 <= low <= high):
             raise InvalidPolicy(
                 f"bounds are {shown(low)} and {shown(high)}, want whole numbers,"
                 " 0 <= min_workers <= max_workers"
             )
-        if not (self.patience >= 0 and self.tolerance >= 0):
-            raise InvalidPolicy("patience and tolerance must not be negative")
+        for name in ("patience", "tolerance"):
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
+                said = f"{name} is {shown(value)}, must be a number, and not negative"
+                raise InvalidPolicy(said)
 
     @abc.abstractmethod
     def wanted(self, view: View) -> float:
@@ -85,7 +89,7 @@ class Autoscaler(Copied, abc.ABC):
         try:
             return (Proposal(name, self._checked(self.wanted(view))),)
         except NoSignal as error:
-            return (Proposal(name, math.nan, str(error)),)
+            return (Proposal.untold(name, error),)
 
     def target(self, view: View) -> int:
         """Return how many workers there should be.
@@ -134,12 +138,13 @@ class Autoscaler(Copied, abc.ABC):
             for proposal in proposals:
                 if math.isinf(proposal.workers):
                     self._checked(proposal.workers)
+        except NoSignal as error:
+            return (Proposal.untold(type(self).__name__, error),)
         except Exception as error:
             inside = self.min_workers <= current <= self.max_workers
             if inside and (current or not len(view.waiting)):
                 raise
-            failed = f"it failed: {type(error).__name__}: {shortened(str(error), 200)}"
-            return (Proposal(type(self).__name__, math.nan, failed),)
+            return (Proposal.untold(type(self).__name__, error),)
         return proposals
 
     def _checked(self, wanted: float) -> float:
@@ -227,10 +232,6 @@ class Autoscaler(Copied, abc.ABC):
         else:
             longest = self.down.longest
             self._removed = note_change(self._removed, now, -change, longest)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _wish(proposals: tuple[Proposal, ...]) -> int:

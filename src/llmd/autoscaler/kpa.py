@@ -8,9 +8,9 @@ import attrs
 
 from ..recommendation import Proposal
 from ..view import View
-from .followers import _positive
+from .amounts import positive
 from .interface import Autoscaler
-from .window import Mean
+from .window import Mean, moment
 
 
 @attrs.define(kw_only=True)
@@ -42,10 +42,10 @@ class Kpa(Autoscaler):
     6.0
     """
 
-    requests_per_worker: float = attrs.field(validator=_positive)
-    stable: float = attrs.field(default=60.0, validator=_positive)
-    panic: float = attrs.field(default=6.0, validator=_positive)
-    threshold: float = attrs.field(default=2.0, validator=_positive)
+    requests_per_worker: float = attrs.field(validator=positive)
+    stable: float = attrs.field(default=60.0, validator=positive)
+    panic: float = attrs.field(default=6.0, validator=positive)
+    threshold: float = attrs.field(default=2.0, validator=positive)
     patience: float = 900.0
     tolerance: float = 0.1
     _seen: Mean = attrs.field(init=False)
@@ -62,14 +62,15 @@ class Kpa(Autoscaler):
         return (Proposal("Kpa", self._checked(wish), f"in {mode} mode"),)
 
     def wanted(self, view: View) -> float:
+        now = moment(view)
         running = int(view.workers.running_requests.sum()) + len(view.waiting)
-        self._seen.add(view.now, float(running))
-        stable = self._seen.over(view.now, self.stable) / self.requests_per_worker
-        burst = self._seen.over(view.now, self.panic) / self.requests_per_worker
+        self._seen.add(now, float(running))
+        stable = self._seen.over(now, self.stable) / self.requests_per_worker
+        burst = self._seen.over(now, self.panic) / self.requests_per_worker
         ready = int(view.workers.ready().sum())
         if burst >= self.threshold * max(ready, 1):
-            self._panicked_at = view.now
-        if not self._panicking(view.now):
+            self._panicked_at = now
+        if not self._panicking(now):
             self._most = 0.0
             return stable
         self._most = max(self._most, burst, stable, float(ready))

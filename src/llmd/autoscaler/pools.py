@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from ..errors import InvalidPolicy, shown
-from ..recommendation import Recommendation, Step
+from ..recommendation import Proposal, Recommendation, Step
 from ..types import Role, Worker
 from ..view import View
 from .interface import Autoscaler
@@ -42,7 +42,8 @@ class Pools(Autoscaler):
     Too large a sum shrinks all pools in proportion, so that the ratio of
     prefill to decode workers stays what their policies found it should be.
 
-    The bounds and windows are those of the pools' own policies.
+    The bounds and windows are those of the pools' own policies.  A policy that
+    fails keeps its own pool's count, and the advice says so.
 
     Attributes:
         pools: By name.
@@ -94,11 +95,25 @@ class Pools(Autoscaler):
         advised = {}
         for name, pool in self.pools.items():
             members = [pool.has(worker) for worker in view.workers.facts]
-            advice = pool.policy.recommend(view.only(np.array(members, dtype=np.bool_)))
+            part = view.only(np.array(members, dtype=np.bool_))
+            try:
+                advice = pool.policy.recommend(part)
+            except Exception as error:  # the other pools' counts are still told
+                advice = self._held(name, pool, part, error)
             # What a policy asked for before, the budget may have cut.
             current = self._counts.get(name, advice.current)
             advised[name] = attrs.evolve(advice, pool=name, current=current)
         return advised
+
+    def _held(
+        self, name: str, pool: Pool, part: View, error: Exception
+    ) -> Recommendation:
+        """Return a pool's count as it is, which bounds and waiting agree with."""
+        count = self._counts.get(name, int(part.workers.supply().sum()))
+        untold = Proposal.untold(type(pool.policy).__name__, error)
+        return Recommendation(
+            at=part.now, current=count, workers=count, proposals=(untold,)
+        )
 
     def _within_budget(
         self, advised: dict[str, Recommendation]
@@ -107,6 +122,9 @@ class Pools(Autoscaler):
         if self.budget is None or sum(wishes.values()) <= self.budget:
             return tuple(advised.values())
         least = {name: pool.policy.min_workers for name, pool in self.pools.items()}
+        # What wakes a pool, or keeps it awake, must not be rounded off.
+        awake = {name: max(least[name], min(wishes[name], 1)) for name in wishes}
+        least = awake if sum(awake.values()) <= self.budget else least
         counts = share(self.budget, wishes, least)
         reason = f"{sum(wishes.values())} workers shrunk to a budget of {self.budget}"
         return tuple(

@@ -10,8 +10,9 @@ import attrs
 from ..errors import InvalidPolicy
 from ..recommendation import Proposal
 from ..view import View
-from .followers import _positive
+from .amounts import positive
 from .interface import Autoscaler
+from .window import moment
 
 
 @attrs.define(kw_only=True)
@@ -38,8 +39,8 @@ class Quantile(Autoscaler):
 
     policy: Autoscaler
     part: float = 0.97
-    window: float = attrs.field(default=600.0, validator=_positive)
-    step: float = attrs.field(default=1.0, validator=_positive)
+    window: float = attrs.field(default=600.0, validator=positive)
+    step: float = attrs.field(default=1.0, validator=positive)
     _seen: deque[tuple[float, float, int]] = attrs.field(factory=deque, init=False)
     _counted: int = attrs.field(default=0, init=False)
 
@@ -62,15 +63,16 @@ class Quantile(Autoscaler):
         return self._quantile(view, self.policy.wanted(view))
 
     def _quantile(self, view: View, wish: float) -> float:
+        now = moment(view)
         arrived = view.totals.requests - self._counted
         self._counted = view.totals.requests
         seen = self._seen
-        if seen and view.now - seen[-1][0] < self.step:
+        if seen and now - seen[-1][0] < self.step:
             at, before, weight = seen.pop()
             seen.append((at, max(before, wish), weight + arrived))
         else:
-            seen.append((view.now, wish, arrived))
-        while seen[0][0] <= view.now - self.window:
+            seen.append((now, wish, arrived))
+        while seen[0][0] <= now - self.window:
             seen.popleft()
         allowed = math.floor((1 - self.part) * sum([weight for *_, weight in seen]))
         for _, wanted, weight in sorted(seen, key=lambda row: -row[1]):

@@ -10,9 +10,9 @@ from ..errors import NoSignal
 from ..machines import Machine
 from ..recommendation import Proposal
 from ..view import View
-from .followers import _positive
+from .amounts import positive
 from .interface import Autoscaler
-from .window import Mean, Meter
+from .window import Mean, Meter, moment
 
 
 @attrs.frozen
@@ -70,12 +70,12 @@ class LatencySlo(Autoscaler):
     """
 
     machine: Machine = attrs.field(factory=Machine)
-    ttft: float = attrs.field(default=1.0, validator=_positive)
-    itl: float = attrs.field(default=0.05, validator=_positive)
-    window: float = attrs.field(default=60.0, validator=_positive)
-    most: float = attrs.field(default=0.8, validator=_positive)
-    headroom: float = attrs.field(default=0.7, validator=_positive)
-    fill: float = attrs.field(default=0.7, validator=_positive)
+    ttft: float = attrs.field(default=1.0, validator=positive)
+    itl: float = attrs.field(default=0.05, validator=positive)
+    window: float = attrs.field(default=60.0, validator=positive)
+    most: float = attrs.field(default=0.8, validator=positive)
+    headroom: float = attrs.field(default=0.7, validator=positive)
+    fill: float = attrs.field(default=0.7, validator=positive)
     backlog: bool = True
     _uncached: Meter = attrs.field(init=False)
     _arrived: Meter = attrs.field(init=False)
@@ -92,7 +92,7 @@ class LatencySlo(Autoscaler):
         try:
             load = self.load(view)
         except NoSignal as error:
-            return (Proposal("LatencySlo", math.nan, str(error)),)
+            return (Proposal.untold("LatencySlo", error),)
         workers = self.fewest(load)
         ttft, itl = self.latencies(load, max(workers, 1))
         note = (
@@ -108,9 +108,10 @@ class LatencySlo(Autoscaler):
         """Measure what the fleet bears now.
 
         Raises:
-            NoSignal: Arrivals have not been watched yet, and something runs.
+            NoSignal: Arrivals have not been watched yet, and something runs, or
+                nothing has happened at all.
         """
-        workers, totals, now = view.workers, view.totals, view.now
+        workers, totals, now = view.workers, view.totals, moment(view)
         waiting = view.waiting.prompt_tokens
         rate = self._uncached.rate(now, totals.uncached_tokens + waiting)
         arrivals = self._arrived.rate(now, totals.requests)

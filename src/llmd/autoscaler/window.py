@@ -8,6 +8,20 @@ from collections.abc import Callable
 
 import attrs
 
+from ..errors import NoSignal
+from ..view import View
+
+
+def moment(view: View) -> float:
+    """Return the time of *view*, seconds, for what measures over time.
+
+    Raises:
+        NoSignal: Nothing has happened yet, so there is none.
+    """
+    if not math.isfinite(view.now):
+        raise NoSignal("nothing has happened yet")
+    return view.now
+
 
 @attrs.define
 class Window:

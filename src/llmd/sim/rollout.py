@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 
 from ..autoscaler import Autoscaler
-from ..autoscaler.window import Meter
+from ..autoscaler.window import Meter, moment
 from ..balancer import Fcfs
 from ..cluster import Cluster
 from ..errors import NoSignal
@@ -77,7 +77,7 @@ class Rollout(Autoscaler):
         try:
             workers = self.wanted(view)
         except NoSignal as error:
-            return (Proposal("Rollout", math.nan, str(error)),)
+            return (Proposal.untold("Rollout", error),)
         return (Proposal("Rollout", workers, self._last[1]),)
 
     def wanted(self, view: View) -> float:
@@ -126,7 +126,7 @@ class Rollout(Autoscaler):
         return Workload(name="rollout", jobs=jobs)
 
     def _measure(self, view: View) -> dict[str, float]:
-        now, totals, rates = view.now, view.totals, {}
+        now, totals, rates = moment(view), view.totals, {}
         for name in ("requests", "uncached_tokens"):
             meter = self._meters.setdefault(name, Meter(self.window))
             rates[name] = meter.rate(now, getattr(totals, name))

@@ -12,8 +12,9 @@ import math
 
 import attrs
 
-from ...errors import InvalidPolicy, NoSignal
+from ...errors import InvalidPolicy, NoSignal, shown
 from ...recommendation import Proposal, Recommendation, Step
+from ..amounts import is_number, is_whole
 from ..behavior import Behavior, Changes, note_change
 from .calculator import Tolerance
 from .metrics import External, Metric, Object
@@ -72,16 +73,18 @@ class HpaSpec:
     readiness_delay: float = 30.0
 
     def __attrs_post_init__(self) -> None:
-        if not 0 <= self.min_replicas <= self.max_replicas or not self.max_replicas:
+        low, high = self.min_replicas, self.max_replicas
+        if not (is_whole(low) and is_whole(high) and 0 <= low <= high and high):
             raise InvalidPolicy(
-                f"bounds are {self.min_replicas} and {self.max_replicas},"
-                " must be 0 <= min <= max and 1 <= max"
+                f"bounds are {shown(low)} and {shown(high)}, want whole numbers,"
+                " 0 <= min <= max and 1 <= max"
             )
         if not self.metrics:
             raise InvalidPolicy("an HPA needs a metric")
         for name in ("tolerance", "downscale_window"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InvalidPolicy(f"{name} is {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value < math.inf):
+                raise InvalidPolicy(f"{name} is {shown(value)}")
         if not self.min_replicas and not self._knows_zero:
             raise InvalidPolicy("min_replicas 0 needs an Object or External metric")
 
@@ -238,7 +241,7 @@ def _propose(metric: Metric, scene: Scene, tolerance: Tolerance) -> Proposal:
     try:
         return Proposal(name, float(metric.count(scene, tolerance)))
     except NoSignal as error:
-        return Proposal(name, float("nan"), str(error))
+        return Proposal.untold(name, error)
 
 
 def _largest(proposals: tuple[Proposal, ...], current: int) -> tuple[int, Step | None]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import attrs
 
-from ...errors import InvalidPolicy, NoSignal
+from ...errors import InvalidPolicy, NoSignal, shown
+from ..amounts import is_whole
 from .calculator import (
     Tolerance,
     average,
@@ -24,8 +25,8 @@ from .quantity import milli
 
 
 def _positive(instance: Any, attribute: Any, value: int) -> None:
-    if value <= 0:
-        raise InvalidPolicy(f"a target of {value} cannot be met")
+    if not (is_whole(value) and value > 0):
+        raise InvalidPolicy(f"a target of {shown(value)} cannot be met")
 
 
 @attrs.frozen
@@ -154,7 +155,7 @@ class Series(Metric):
 
     def count(self, scene: Scene, tolerance: Tolerance) -> int:
         if self.name not in scene.values:
-            raise NoSignal(f"no value of {self.name!r}")
+            raise NoSignal(scene.faults.get(self.name, f"no value of {self.name!r}"))
         by: Callable[..., int]
         by = by_value if isinstance(self.target, Value) else by_share
         use = sum(scene.values[self.name])
@@ -176,5 +177,5 @@ class External(Series):
 
 def _samples(scene: Scene, key: str) -> Mapping[str, Sample]:
     if key not in scene.samples:
-        raise NoSignal(f"no samples of {key!r}")
+        raise NoSignal(scene.faults.get(key, f"no samples of {key!r}"))
     return scene.samples[key]

@@ -107,6 +107,7 @@ class Scene:
             be had at all.  A container's resource goes by "container/resource".
         values: Of Object and External metrics, in thousandths, one for each
             series; any quantity is taken.
+        faults: Why metrics could not be had, in words, by the same names.
     """
 
     now: float
@@ -115,6 +116,7 @@ class Scene:
     present: int | None = None
     samples: Mapping[str, Mapping[str, Sample]] = attrs.field(factory=dict)
     values: Mapping[str, Sequence[int]] = attrs.field(factory=dict, converter=_series)
+    faults: Mapping[str, str] = attrs.field(factory=dict)
 
     @property
     def status_replicas(self) -> int:

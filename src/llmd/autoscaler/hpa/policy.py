@@ -13,6 +13,7 @@ from ...errors import MissingRequest, NoSignal
 from ...recommendation import Recommendation
 from ...types import State, Worker
 from ...view import Floats, View
+from ..amounts import seconds
 from ..interface import Autoscaler
 from .controller import History, HpaSpec
 from .metrics import Resource, Utilization
@@ -101,7 +102,7 @@ class Hpa(Autoscaler):
     """
 
     spec: HpaSpec
-    interval: float = 15.0
+    interval: float = attrs.field(default=15.0, validator=seconds)
     signals: Mapping[str, Signal] = attrs.field(factory=dict)
     requests: Requests | Callable[[Worker], Requests] = attrs.field(factory=dict)
     _history: History = attrs.field(factory=History, init=False)
@@ -136,14 +137,19 @@ class Hpa(Autoscaler):
         ]
         samples: dict[str, dict[str, Sample]] = {}
         values: dict[str, tuple[float]] = {}
+        faults: dict[str, str] = {}
         for metric in self.spec.metrics:
             key = metric.key if isinstance(metric, Resource) else metric.name
-            measured = self._measured(key, view)
-            if isinstance(measured, np.ndarray):
+            try:
+                measured = self._measured(key, view)
+            except NoSignal as error:
+                faults[key] = str(error)
+                continue
+            if measured.ndim:
                 samples[key] = _samples(view, measured)
-                measured = float(np.nansum(measured))
-            if math.isfinite(measured):
-                values[key] = (measured,)
+            total = float(np.nansum(measured))
+            if math.isfinite(total):
+                values[key] = (total,)
         return Scene(
             now=view.now,
             # A fleet that was never asked for anything is not one that rests.
@@ -154,21 +160,27 @@ class Hpa(Autoscaler):
             pods=pods,
             samples=samples,
             values=values,
+            faults=faults,
         )
 
-    def _measured(self, key: str, view: View) -> Floats | float:
-        """Ask a signal; one that fails is one metric that cannot be had."""
+    def _measured(self, key: str, view: View) -> Floats:
+        """Ask a signal, for one number or (W,); one that fails cannot be had."""
         try:
-            measured = self._signal(key)(view)
-            if isinstance(measured, np.ndarray | list | tuple):
-                each = np.asarray(measured, dtype=np.float64)
-                return each if each.shape == (len(view.workers),) else math.nan
-            return float(measured)
+            measured = np.asarray(self._signal(key)(view), dtype=np.float64)
+            if measured.shape not in ((), (len(view.workers),)):
+                wrong = f"shape {measured.shape}, want {(len(view.workers),)} or one"
+                raise ValueError(wrong)
+            if not measured.ndim and not math.isfinite(measured):
+                raise NoSignal(f"the signal is {measured}")
+        except NoSignal:
+            raise
         except Exception as error:
-            if not isinstance(error, NoSignal) and self._failed.get(key) != repr(error):
-                self._failed[key] = repr(error)
-                _log.warning("the signal %r failed: %r", key, error)
-            return math.nan
+            said = f"the signal failed: {type(error).__name__}: {error}"
+            if self._failed.get(key) != said:
+                self._failed[key] = said
+                _log.warning("%s: %s", key, said)
+            raise NoSignal(said) from error
+        return measured
 
     def _pod(self, name: str, state: State, requests: Requests) -> Pod:
         """Return the pod that a worker is."""
