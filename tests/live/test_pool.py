@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 
 import pytest
 
@@ -225,12 +226,19 @@ async def test_engines_that_die_again_and_again_are_tried_ever_later(make_engine
     assert gaps[3] > 2 * gaps[0]
 
 
+@pytest.mark.parametrize("stops", [True, False])
 async def test_an_engine_that_hangs_in_its_start_is_given_up_and_tried_again(
-    make_engine,
+    make_engine, monkeypatch, stops
 ):
+    monkeypatch.setattr("llmd.live.server._ERRAND_S", 0.05)
+
     class Hung(type(make_engine())):
         async def start(self, worker, report, progress):
             await asyncio.Event().wait()
+
+        async def stop(self):
+            if not stops:
+                await asyncio.Event().wait()
 
     made = [Hung(), make_engine()]
     async with Server(llmd.Cluster()) as server:
@@ -257,6 +265,23 @@ async def test_two_pools_of_one_name_are_refused_and_a_name_nobody_has_is_told_o
                 async with EnginePool(server, make_engine, name="a"):
                     pass
         for _ in range(3):
-            server.scale(llmd.commands.Scale(2, "typo"))
-        assert caplog.text.count("nobody has engines for the pool 'typo'") == 1
+            server.scale(c.Scale(2, "typo"))
+        said = "nobody starts the 2 engines of the pool 'typo'"
+        assert caplog.text.count(said) == 1
+        assert server.counts["unheard_scales"] == 3
         assert first.wanted == 0
+
+
+async def test_a_pool_that_comes_late_has_what_was_asked_for(make_engine, caplog):
+    async with make_server(follow()) as server:
+        await until(lambda: server.counts["unheard_scales"])
+        assert "nobody starts the 1 engines of the pool ''" in caplog.text
+        async with EnginePool(server, make_engine):
+            assert await ask(server, "a") == 20
+
+
+@pytest.mark.parametrize("name", ["start_timeout", "drain_timeout", "pause"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, "5", None])
+def test_seconds_of_a_pool_are_numbers(make_engine, name, value):
+    with pytest.raises(InvalidPolicy, match=f"EnginePool.{name}"):
+        EnginePool(Server(), make_engine, **{name: value})

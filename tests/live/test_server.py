@@ -290,6 +290,21 @@ async def test_a_broken_policy_fails_its_request_alone(make_engine, answer):
         assert await collect(server, request()) == [7] * 5
 
 
+class Failing(llmd.Autoscaler):
+    def wanted(self, view):
+        raise RuntimeError(f"no answer at {view.now}")
+
+
+async def test_a_policy_that_fails_on_every_tick_is_logged_once(make_engine, caplog):
+    policy = Failing(max_workers=2)
+    async with Server(llmd.Cluster(autoscaler=policy), tick=0.001) as server:
+        await server.add(make_engine())
+        async with asyncio.timeout(10):
+            while server.counts["policy_errors"] < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert caplog.text.count("a policy failed on a tick") == 1
+
+
 async def test_bad_sampling_is_not_retried(make_engine):
     engine = make_engine(fault="invalid")
     async with Server() as server:

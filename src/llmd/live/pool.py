@@ -13,13 +13,13 @@ from types import TracebackType
 import attrs
 
 from .. import commands as c
+from ..autoscaler.amounts import positive, seconds
 from ..errors import InvalidPolicy, LlmdError
 from ..types import State, Worker, WorkerId
 from .engine import Engine
 from .server import Server
 
 _log = logging.getLogger("llmd.live")
-_POOLS_KEPT = 64
 
 
 @attrs.define
@@ -59,12 +59,16 @@ class EnginePool:
         expected: What an engine will say of itself, for policies that count
             starting ones.
         start_timeout: Seconds an engine may take to start; one that takes longer
-            is stopped, and counts as failed.
+            is stopped, and counts as failed; longer than the largest model
+            takes to load.
         drain_timeout: Seconds an engine may take to finish before it stops.
         pause: Seconds before a failed start is tried again, at first.
         longest_pause: Seconds that pause may grow to.
         wanted: Engines asked for.
         failures: Why the last few engines failed, newest last.
+
+    Raises:
+        InvalidPolicy: A number of seconds is negative or no number.
     """
 
     server: Server
@@ -72,10 +76,10 @@ class EnginePool:
     name: str = ""
     models: tuple[str, ...] = ()
     expected: Worker | None = None
-    start_timeout: float = 1800.0
-    drain_timeout: float = 60.0
-    pause: float = 1.0
-    longest_pause: float = 60.0
+    start_timeout: float = attrs.field(default=1800.0, validator=positive)
+    drain_timeout: float = attrs.field(default=60.0, validator=seconds)
+    pause: float = attrs.field(default=1.0, validator=seconds)
+    longest_pause: float = attrs.field(default=60.0, validator=seconds)
     wanted: int = attrs.field(default=0, init=False)
     failures: deque[str] = attrs.field(factory=lambda: deque(maxlen=20), init=False)
     _members: dict[WorkerId, _Member] = attrs.field(factory=dict, init=False)
@@ -86,17 +90,13 @@ class EnginePool:
     _changed: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
     _keeper: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _others: Callable[[c.Scale], None] | None = attrs.field(default=None, init=False)
-    _unheard: set[str] = attrs.field(factory=set, init=False)
 
     def obey(self, scale: c.Scale) -> None:
         """Have as many engines as *scale* says, if it is about this pool."""
         if scale.pool == self.name:
             self.want(scale.workers)
-        elif self._others is not None:
-            self._others(scale)
-        elif scale.pool not in self._unheard and len(self._unheard) < _POOLS_KEPT:
-            self._unheard.add(scale.pool)
-            _log.warning("nobody has engines for the pool %r", scale.pool)
+        else:
+            (self._others or self.server.unheard)(scale)
 
     def want(self, engines: int) -> None:
         """Have so many engines; they come and go in the background.
@@ -115,7 +115,7 @@ class EnginePool:
         return tuple([id for id, member in self._members.items() if not member.leaving])
 
     async def __aenter__(self) -> EnginePool:
-        """Begin.
+        """Begin, with what the autoscaler asked for so far.
 
         Raises:
             InvalidPolicy: Another pool of this name is kept for the server.
@@ -128,6 +128,8 @@ class EnginePool:
         for model in self.models:
             self.server.add_model(model)
         self._others, self.server.scale = self.server.scale, self.obey
+        # A cluster says only what changes, and may have said it to nobody.
+        self.want(self.server.cluster.asked_workers.get(self.name, self.wanted))
         self._keeper = asyncio.create_task(self._keep())
         return self
 

@@ -16,7 +16,7 @@ import attrs
 from .. import commands as c
 from .. import events as e
 from ..cluster import Cluster
-from ..errors import LlmdError, UnknownWorker, WorkerLost
+from ..errors import LlmdError, PolicyError, UnknownWorker, WorkerLost
 from ..types import Request, RequestId, State, Worker, WorkerId
 from .attempt import attempt
 from .engine import Engine, Output, Report
@@ -24,6 +24,10 @@ from .lease import Lease
 from .ticket import Ticket
 
 _log = logging.getLogger("llmd.live")
+_ERRAND_S = 30.0
+"""Seconds that what nobody waits for, or should not for long, may take."""
+_QUIET_S = 60.0
+"""Seconds in which a policy that fails in one way again is not logged again."""
 
 
 @attrs.define(eq=False)
@@ -51,8 +55,6 @@ class Server:
     prefill_timeout: float = 30.0
     scale: Callable[[c.Scale], None] | None = None
     counts: Counter[str] = attrs.field(factory=Counter, init=False)
-    _said: str = attrs.field(default="", init=False)
-
     _engines: dict[WorkerId, Engine] = attrs.field(factory=dict, init=False)
     _watchers: dict[WorkerId, asyncio.Task[None]] = attrs.field(
         factory=dict, init=False
@@ -61,6 +63,8 @@ class Server:
     _errands: set[asyncio.Task[Any]] = attrs.field(factory=set, init=False)
     _ticker: asyncio.Task[None] | None = attrs.field(default=None, init=False)
     _names: Any = attrs.field(factory=itertools.count, init=False)
+    _unheard: set[str] = attrs.field(factory=set, init=False)
+    _quiet: dict[str, float] = attrs.field(factory=dict, init=False)
 
     # Workers -------------------------------------------------------------
 
@@ -93,7 +97,8 @@ class Server:
             facts = await engine.start(worker, self._report, progress)
         except BaseException:
             self._drop(worker)
-            await engine.stop()
+            # One that hung in its start may do so here as well.
+            await _bounded(engine.stop())
             raise
         # One that shares its GPU may begin asleep.
         asleep = facts.state is State.SLEEPING
@@ -231,6 +236,14 @@ class Server:
             self._drop(worker, replaced=scaled or engine.replaced)
             self._errand(engine.stop())
 
+    def unheard(self, scale: c.Scale) -> None:
+        """Note that nobody has engines for a pool; a warning tells of each once."""
+        self.counts["unheard_scales"] += 1
+        if scale.pool not in self._unheard:
+            self._unheard.add(scale.pool)
+            want, pool = scale.workers, scale.pool
+            _log.warning("nobody starts the %d engines of the pool %r", want, pool)
+
     async def __aenter__(self) -> Server:
         self._ticker = asyncio.create_task(self._tick())
         return self
@@ -279,8 +292,7 @@ class Server:
                 if engine := self._engines.get(worker):
                     self._errand(engine.abort(id))
             case c.Scale():
-                if self.scale is not None:
-                    self.scale(command)
+                (self.scale or self.unheard)(command)
 
     def _requeue(self, ticket: Ticket) -> None:
         if ticket.retried and ticket.said is not None:
@@ -324,15 +336,21 @@ class Server:
                 self.handle(e.Tick(self.clock()))
             except LlmdError as error:
                 self.counts["policy_errors"] += 1
-                # The same again, ten times a second, tells nothing new.
-                if (said := repr(error)) != self._said:
-                    self._said = said
-                    _log.exception("a policy failed on a tick")
+                self._complain(error)
+
+    def _complain(self, error: LlmdError) -> None:
+        """Log *error*, one of a kind a minute: a tick comes ten times a second."""
+        kind, now = type(error).__name__, self.clock()
+        if isinstance(error, PolicyError):
+            kind = error.brief
+        if now >= self._quiet.get(kind, now):
+            self._quiet[kind] = now + _QUIET_S
+            _log.error("a policy failed on a tick", exc_info=error)
 
 
 async def _bounded(work: Coroutine[Any, Any, None]) -> None:
     try:
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(_ERRAND_S):
             await work
     except Exception:
         _log.exception("an errand failed")
