@@ -12,6 +12,7 @@ import logging
 import pathlib
 import time
 from functools import partial
+from importlib.util import find_spec
 
 import llmd
 from llmd.adapters.hpa_manifest import load
@@ -82,9 +83,8 @@ if __name__ == "__main__":
     parser.add_argument("--hpa", metavar="MANIFEST")
     parser.add_argument("--plot", metavar="PATH")
     options = parser.parse_args()
-    if options.plot:
-        import matplotlib  # noqa: F401  (say so now if the extra `plot` is missing)
-
+    if options.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install llmd-scheduler[plot]")
     logging.disable(logging.WARNING)
     model = str(make_model(".models/tiny"))
     asyncio.run(run(model, make_policy(options.hpa), course := []))

@@ -70,3 +70,12 @@ def test_examples_import_what_there_is(path):
             continue
         names = ", ".join(name.name for name in node.names)
         exec(f"from {node.module} import {names}", {})
+
+
+def test_a_plot_without_its_extra_is_refused_before_the_run():
+    run = f"runpy.run_path({str(EXAMPLES / 'autoscale.py')!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.modules['matplotlib'] = None; {run}"
+    asked = [sys.executable, "-c", code, "--plot", "course.png"]
+    ran = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "llmd-scheduler[plot]" in ran.stderr

@@ -348,5 +348,5 @@ def test_a_quantity_has_no_blanks_and_only_our_digits(quantity):
 
 
 def test_no_text_is_no_manifest():
-    with pytest.raises(InvalidPolicy):
+    with pytest.raises(InvalidPolicy, match="the manifest is None, must be a text"):
         manifests.load(None)

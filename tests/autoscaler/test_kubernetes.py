@@ -116,6 +116,12 @@ def test_a_leader_worker_set_is_scaled(make_scaler, api_server):
     assert api_server.scales[SET] == 0
 
 
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_a_target_has_a_name(name):
+    with pytest.raises(InvalidPolicy, match=r"Target\.name"):
+        Target(name=name)
+
+
 def test_another_kind_says_where_it_is():
     with pytest.raises(InvalidPolicy):
         Target(name="x", kind="RoleBasedGroup")

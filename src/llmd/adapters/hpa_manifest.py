@@ -32,7 +32,7 @@ from ..autoscaler.hpa import (
     Value,
     exact,
 )
-from ..errors import InvalidPolicy
+from ..errors import InvalidPolicy, shown
 from ._fields import Field
 
 Json = Mapping[str, Any]
@@ -80,9 +80,11 @@ def load(text: str) -> Manifest:
     """
     import yaml
 
+    if not isinstance(text, str | bytes):
+        raise InvalidPolicy(f"the manifest is {shown(text)}, must be a text")
     try:
         documents = list(yaml.safe_load_all(text))
-    except (yaml.YAMLError, AttributeError) as error:
+    except yaml.YAMLError as error:
         raise InvalidPolicy(f"the manifest is no YAML: {error}") from error
     found = [
         document

@@ -17,6 +17,7 @@ import attrs
 from kubernetes import client as k8s
 
 from .. import commands as c
+from ..autoscaler.amounts import seconds
 from ..errors import EngineError, InvalidPolicy, UnknownPool, shortened, shown
 
 _log = logging.getLogger("llmd.kubernetes")
@@ -43,7 +44,8 @@ class Target:
         plural: As its URL has it.
 
     Raises:
-        InvalidPolicy: The kind is not known and nothing says where it is.
+        InvalidPolicy: It has no name, or the kind is not known and nothing
+            says where it is.
 
     >>> Target(name="decode", kind="LeaderWorkerSet").path
     ('leaderworkerset.x-k8s.io', 'v1', 'leaderworkersets')
@@ -57,6 +59,8 @@ class Target:
     plural: str = ""
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InvalidPolicy(f"Target.name is {shown(self.name)}, not a name")
         if self.kind not in _PLURALS and not (self.group and self.plural):
             raise InvalidPolicy(f"kind {self.kind!r} needs a group and a plural")
 
@@ -66,11 +70,6 @@ class Target:
         if self.group and self.plural:
             return self.group, self.version, self.plural
         return _PLURALS[self.kind]
-
-
-def _seconds(_: object, attribute: Any, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise InvalidPolicy(f"{attribute.name} is {shown(value)}, must be seconds")
 
 
 def _count(replicas: int) -> int:
@@ -114,12 +113,12 @@ class KubernetesScaler:
 
     targets: Mapping[str, Target]
     api: Any = attrs.field(factory=k8s.ApiClient)
-    timeout: float = attrs.field(default=10.0, validator=_seconds)
-    pause: float = attrs.field(default=5.0, validator=_seconds)
-    settle: float = attrs.field(default=300.0, validator=_seconds)
-    look: float = attrs.field(default=30.0, validator=_seconds)
+    timeout: float = attrs.field(default=10.0, validator=seconds)
+    pause: float = attrs.field(default=5.0, validator=seconds)
+    settle: float = attrs.field(default=300.0, validator=seconds)
+    look: float = attrs.field(default=30.0, validator=seconds)
     adopt: bool = False
-    grace: float = attrs.field(default=5.0, validator=_seconds)
+    grace: float = attrs.field(default=5.0, validator=seconds)
     failures: int = attrs.field(default=0, init=False)
     drifts: int = attrs.field(default=0, init=False)
     _wanted: dict[str, int] = attrs.field(factory=dict, init=False)
