@@ -27,7 +27,8 @@ class Autoscaler(Copied, abc.ABC):
 
     A wish that cannot be told now (`NoSignal`) keeps the count.  From zero
     workers a wish counts at once, whatever the windows say, and while a request
-    waits there is never none, whatever the wish says.
+    waits there is never none, whatever the wish says.  Bounds and what waits hold
+    even though the wish fails.
 
     Attributes:
         min_workers: Never fewer; 0 lets an idle fleet go.
@@ -103,7 +104,8 @@ class Autoscaler(Copied, abc.ABC):
         """Return how many workers there should be, and why.
 
         Raises:
-            PolicyError: `wanted` gave a NaN or an infinity.
+            PolicyError: `wanted` gave a NaN or an infinity.  Where bounds or a
+                request that waits decide, whatever it raises is only told of.
         """
         current = self._current(view)
         proposals = self._proposals(view, current)

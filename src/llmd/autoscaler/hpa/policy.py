@@ -77,14 +77,16 @@ class Hpa(Autoscaler):
 
     A worker that is starting, loading or warming is a pending pod, one that
     drains is being deleted.  Its own bounds and windows are the spec's; those
-    of the base class are not used.
+    of the base class are not used.  From zero it wakes as upstream does, by an
+    Object or External metric that sees the queue, not because a request waits.
 
     Attributes:
         spec: Built by hand or read by `llmd.adapters.hpa_manifest`.
         interval: Seconds between two passes.
-        signals: Metrics by name, besides the known ones.  An underscore in a
-            manifest stands for any sign that metric names cannot have there.
-            Resources go by their names, those of one container by
+        signals: Metrics by name, besides the known ones: one number, or (W,).
+            One that fails cannot be had, and the others count.  An underscore
+            in a manifest stands for any sign that metric names cannot have
+            there.  Resources go by their names, those of one container by
             "container/resource".
         requests: What a worker requests of each resource, by the same names,
             or what tells so of a worker; a target of type Utilization is a
