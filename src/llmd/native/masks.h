@@ -21,9 +21,11 @@ static Py_ssize_t
 seat_of(PyObject *mask)
 {
     int overflow;
-    long long bit = PyLong_AsLongLongAndOverflow(mask, &overflow);
-    if (bit == -1 && PyErr_Occurred())
+    if (!PyLong_CheckExact(mask)) { /* whose methods might do anything */
+        PyErr_SetString(PyExc_TypeError, "a worker is an int, a bit above 0");
         return -1;
+    }
+    long long bit = PyLong_AsLongLongAndOverflow(mask, &overflow);
     if (overflow > 0) {
         PyObject *length = PyObject_CallMethod(mask, "bit_length", NULL);
         Py_ssize_t seat = length ? PyLong_AsSsize_t(length) - 1 : -1;
@@ -36,31 +38,28 @@ seat_of(PyObject *mask)
     return -1;
 }
 
-/* Write *mask* to *row*, what goes beyond it left out. */
-static int
-read_mask(PyObject *mask, uint64_t *row, Py_ssize_t words)
+/* Return the bytes of *mask*, lowest first, whole words of them. */
+static PyObject *
+mask_bytes(PyObject *mask)
 {
-    memset(row, 0, 8 * words);
-    unsigned long long low = PyLong_AsUnsignedLongLong(mask);
-    if (low != (unsigned long long)-1 || !PyErr_Occurred()) {
-        if (words)
-            row[0] = low;
-        return 0;
+    if (!PyLong_CheckExact(mask)) {
+        PyErr_SetString(PyExc_TypeError, "workers are an int");
+        return NULL;
     }
-    if (!PyErr_ExceptionMatches(PyExc_OverflowError))
-        return -1;
-    PyErr_Clear();
+    int overflow;
+    long long low = PyLong_AsLongLongAndOverflow(mask, &overflow);
+    if (overflow == 0 && low >= 0) {
+        uint64_t word = (uint64_t)low;
+        return PyBytes_FromStringAndSize((const char *)&word, 8);
+    }
+    if (overflow <= 0) {
+        PyErr_SetString(PyExc_ValueError, "workers are bits, not below 0");
+        return NULL;
+    }
     Py_ssize_t seat = seat_of(mask);
     if (seat < 0)
-        return -1;
-    PyObject *raw =
-        PyObject_CallMethod(mask, "to_bytes", "ns", (seat / 64 + 1) * 8, "little");
-    if (raw == NULL)
-        return -1;
-    Py_ssize_t size = PyBytes_GET_SIZE(raw);
-    memcpy(row, PyBytes_AS_STRING(raw), size < 8 * words ? size : 8 * words);
-    Py_DECREF(raw);
-    return 0;
+        return NULL;
+    return PyObject_CallMethod(mask, "to_bytes", "ns", (seat / 64 + 1) * 8, "little");
 }
 
 #endif
