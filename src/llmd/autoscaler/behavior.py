@@ -46,8 +46,8 @@ class Rate(abc.ABC):
     period: float
 
     def __attrs_post_init__(self) -> None:
-        if self.value <= 0:
-            raise InvalidPolicy(f"a rate of {self.value} allows no change at all")
+        if not 0 < self.value < math.inf:
+            raise InvalidPolicy(f"a rate of {self.value} is no limit of a change")
         if not 0 < self.period <= 1800:
             raise InvalidPolicy(f"period is {self.period} s, must be in (0, 1800]")
 

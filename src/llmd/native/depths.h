@@ -113,11 +113,11 @@ depths_in(Table *self, PyObject *from, PyObject *alive, PyObject *others,
         return -1;
     }
     Numbers names;
-    PyObject *mask = mask_bytes(alive);
-    if (mask == NULL)
+    Mask mask;
+    if (mask_open(&mask, alive) < 0)
         return -1;
     if (numbers_open(&names, from) < 0) {
-        Py_DECREF(mask);
+        Py_XDECREF(mask.bytes);
         return -1;
     }
     /* What is below runs no Python before the first group is told, so that the
@@ -135,21 +135,22 @@ depths_in(Table *self, PyObject *from, PyObject *alive, PyObject *others,
         if (((Table *)table)->sets.words > all.words)
             all.words = ((Table *)table)->sets.words;
     }
-    uint64_t *scratch = PyMem_Malloc(8 * (3 + MOST_STEPS) * all.words);
+    uint64_t few[4 * (3 + MOST_STEPS)], *scratch = few;
+    if (all.words > 4)
+        scratch = PyMem_Malloc(8 * (3 + MOST_STEPS) * all.words);
     if (scratch == NULL) {
         PyErr_NoMemory();
     } else if (names.items != NULL) { /* whose __index__ might come back here */
         PyErr_SetString(PyExc_TypeError, "want names as an array");
     } else {
-        Py_ssize_t given = PyBytes_GET_SIZE(mask), room = 8 * all.words;
-        memset(scratch, 0, room);
-        memcpy(scratch, PyBytes_AS_STRING(mask), given < room ? given : room);
+        mask_read(&mask, scratch, all.words);
         failed = names.count ? search(&all, &names, scratch, emit, to) : 0;
     }
-    PyMem_Free(scratch);
+    if (scratch != few)
+        PyMem_Free(scratch);
 done:
     numbers_close(&names);
-    Py_DECREF(mask);
+    Py_XDECREF(mask.bytes);
     return failed;
 }
 

@@ -38,28 +38,47 @@ seat_of(PyObject *mask)
     return -1;
 }
 
-/* Return the bytes of *mask*, lowest first, whole words of them. */
-static PyObject *
-mask_bytes(PyObject *mask)
+/* Workers as words, lowest first: those of a small int lie here, others in the
+ * bytes that Python made of them. */
+typedef struct {
+    uint64_t word;
+    PyObject *bytes; /* NULL: `word` is all */
+} Mask;
+
+static int
+mask_open(Mask *mask, PyObject *from)
 {
-    if (!PyLong_CheckExact(mask)) {
-        PyErr_SetString(PyExc_TypeError, "workers are an int");
-        return NULL;
-    }
     int overflow;
-    long long low = PyLong_AsLongLongAndOverflow(mask, &overflow);
-    if (overflow == 0 && low >= 0) {
-        uint64_t word = (uint64_t)low;
-        return PyBytes_FromStringAndSize((const char *)&word, 8);
+    mask->bytes = NULL;
+    if (!PyLong_CheckExact(from)) { /* whose methods might do anything */
+        PyErr_SetString(PyExc_TypeError, "workers are an int");
+        return -1;
     }
-    if (overflow <= 0) {
+    long long low = PyLong_AsLongLongAndOverflow(from, &overflow);
+    if (overflow < 0 || (overflow == 0 && low < 0)) {
         PyErr_SetString(PyExc_ValueError, "workers are bits, not below 0");
-        return NULL;
+        return -1;
     }
-    Py_ssize_t seat = seat_of(mask);
-    if (seat < 0)
-        return NULL;
-    return PyObject_CallMethod(mask, "to_bytes", "ns", (seat / 64 + 1) * 8, "little");
+    mask->word = (uint64_t)low;
+    if (overflow == 0)
+        return 0;
+    Py_ssize_t words = seat_of(from) / 64 + 1;
+    mask->bytes = PyObject_CallMethod(from, "to_bytes", "ns", 8 * words, "little");
+    return mask->bytes == NULL ? -1 : 0;
+}
+
+/* Write *mask* to a row, what goes beyond it left out. */
+static void
+mask_read(const Mask *mask, uint64_t *row, Py_ssize_t words)
+{
+    Py_ssize_t room = 8 * words, given = 8;
+    const char *from = (const char *)&mask->word;
+    if (mask->bytes != NULL) {
+        from = PyBytes_AS_STRING(mask->bytes);
+        given = PyBytes_GET_SIZE(mask->bytes);
+    }
+    memset(row, 0, room);
+    memcpy(row, from, given < room ? given : room);
 }
 
 #endif

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from ...errors import MissingRequest, NoSignal
+from ...errors import InvalidPolicy, MissingRequest, NoSignal
 from ...recommendation import Recommendation
 from ...types import State, Worker
 from ...view import Floats, View
@@ -112,6 +112,8 @@ class Hpa(Autoscaler):
         self.min_workers = self.spec.min_replicas
         self.max_workers = self.spec.max_replicas
         super().__attrs_post_init__()
+        if not 0 <= self.interval < math.inf:
+            raise InvalidPolicy(f"interval is {self.interval} s")
         if not callable(self.requests):
             self._check(self.requests)
 
