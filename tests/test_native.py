@@ -1,6 +1,7 @@
 """The compiled loops do what their twins in Python do."""
 
 import copy
+import gc
 import os
 import pickle
 import shutil
@@ -49,7 +50,7 @@ def test_they_can_be_left_out():
 
 @compiled
 @given(
-    st.lists(st.integers(0, 2**64 - 1), max_size=80),
+    st.lists(st.integers(0, 2**63 - 1), max_size=80),
     st.integers(1, 20),
     st.integers(0, 500),
     st.integers(0, 2**64 - 1),
@@ -68,7 +69,18 @@ def test_names_are_those_of_numpy(tokens, block_tokens, start_tokens, start, for
 
 
 @pytest.mark.parametrize(
-    "tokens", [[1.5], ["a"], [-1], [2**64], [None], [[1]], (3, -(2**70))]
+    "tokens",
+    [
+        [1.5],
+        ["a"],
+        [-1],
+        [2**64],
+        [2**64 - 1],
+        np.array([3, -1]),
+        [None],
+        [[1]],
+        (3, -(2**70)),
+    ],
 )
 def test_what_is_no_token_is_refused(tokens):
     with pytest.raises(InvalidRequest):
@@ -76,7 +88,7 @@ def test_what_is_no_token_is_refused(tokens):
 
 
 @pytest.mark.parametrize(
-    "tokens", [[5, 2**64 - 1], (5, 6), [np.int64(7), True], range(3), []]
+    "tokens", [[5, 2**63 - 1], (5, 6), [np.int64(7), True], range(3), []]
 )
 def test_tokens_of_every_kind_are_taken(tokens):
     assert token_array(tokens).tolist() == [int(token) for token in tokens]
@@ -275,3 +287,61 @@ def test_delays_of_what_does_not_fit_together_are_refused():
             loops.delays(*given)
     with pytest.raises(TypeError):
         loops.delays(*good, figures[:3], out)
+
+
+@compiled
+def test_workers_are_plain_ints():
+    class Own(int):
+        def to_bytes(self, *given, **more):
+            return "nothing"
+
+    table, names = loops.Table(), np.arange(4, dtype=np.uint64)
+    table.add(1 << 100, names)
+    for call in (
+        lambda: table.add(Own(1 << 90), names),
+        lambda: table.depths(names, Own(1 << 90), ()),
+        lambda: table.depths(names, True, ()),
+    ):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(ValueError, match="below 0"):
+        table.depths(names, -1, ())
+
+
+@compiled
+def test_a_table_may_be_asked_while_it_answers():
+    """What collects garbage in between has the same table answer, and grow."""
+    table, names = loops.Table(), np.arange(64, dtype=np.uint64)
+    for seat in range(200):
+        table.add(1 << seat, names[: seat % 64 + 1])
+    want = table.depths(names, (1 << 200) - 1, ())
+    asked = []
+
+    class Last:
+        def __del__(self):
+            asked.append(table.depths(names, (1 << 130) - 1, ()))
+            table.add(1 << (300 + len(asked)), names)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(50):
+            cycle = Last()
+            cycle.self = cycle
+            del cycle
+            assert table.depths(names, (1 << 200) - 1, ()) == want
+    finally:
+        gc.set_threshold(*threshold)
+    assert asked
+
+
+@compiled
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))
+def test_what_is_kept_of_a_log_is_each_name_once(history):
+    table, plain, log = loops.Table(), PlainHolders(), []
+    for name, adds in history:
+        for holders in (table, plain):
+            (holders.add if adds else holders.discard)(1 << 70, [name])
+        log.append(name)
+    assert table.kept(1 << 70, log) == plain.kept(1 << 70, log)
+    assert table.kept(1 << 200, log) == b""

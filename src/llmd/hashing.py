@@ -41,6 +41,7 @@ Tokens: TypeAlias = NDArray[np.uint64]
 _CHUNK_TOKENS = 1 << 16
 _INT64 = np.dtype(np.int64)
 _UINT64 = np.dtype(np.uint64)
+_TOP = np.uint64(63)
 
 
 class Hasher:
@@ -93,6 +94,10 @@ class Hasher:
         upto = start_tokens + len(tokens)
         if upto > len(self._coefficients):
             self._grow(upto)
+        if not isinstance(tokens, (list, tuple)) and (
+            getattr(tokens, "dtype", None) is not _UINT64
+        ):
+            tokens = token_array(tokens)
         if loops is None:
             return self._in_numpy(tokens, block_tokens, start_tokens, start)
         names: Hashes = np.empty(len(tokens) // block_tokens, _UINT64)
@@ -197,8 +202,17 @@ def token_array(tokens: Any) -> Tokens:
             or bytes, each byte a token (to route text untokenised).
 
     Raises:
-        InvalidRequest: Not whole numbers, or below 0 in a sequence.
+        InvalidRequest: Not whole numbers, or below 0, or from 2**63 on.
     """
+    ids = _ids(tokens)
+    # Token -1 would add nothing to a name: the hash multiplies token + 1.
+    far = loops.beyond(ids) if loops is not None else bool((ids >> _TOP).any())
+    if far:
+        raise InvalidRequest("token ids must be from 0 to 2**63 - 1")
+    return ids
+
+
+def _ids(tokens: Any) -> Tokens:
     if isinstance(tokens, np.ndarray):
         kind = tokens.dtype
         if tokens.ndim == 1 and (kind is _INT64 or kind is _UINT64):
@@ -208,6 +222,8 @@ def token_array(tokens: Any) -> Tokens:
                 f"token ids are {tokens.dtype}{tokens.shape}, want integers (n,)"
             )
         return tokens.astype(np.uint64, copy=False)
+    if isinstance(tokens, memoryview) and tokens.itemsize > 1:
+        return _ids(np.asarray(tokens))
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         return np.frombuffer(tokens, dtype=np.uint8).astype(np.uint64)
     try:

@@ -155,6 +155,7 @@ def test_a_list_of_each_worker_will_do(make_bench):
     "make",
     [
         lambda: Hpa(spec=SPEC, interval=np.nan),
+        lambda: Hpa(spec=SPEC, interval=np.inf),
         lambda: Hpa(spec=SPEC, interval="15"),
         lambda: attrs.evolve(SPEC, max_replicas=2.5),
         lambda: attrs.evolve(SPEC, max_replicas=None),

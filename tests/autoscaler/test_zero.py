@@ -148,3 +148,10 @@ def test_bounds_that_are_no_counts_are_refused(bounds):
     low, high = bounds
     with pytest.raises(InvalidPolicy, match="bounds"):
         CannotTell(min_workers=low, max_workers=high)
+
+
+@pytest.mark.parametrize("kind", [a.Count, a.Percent])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_rates_that_limit_nothing_are_refused(kind, value):
+    with pytest.raises(InvalidPolicy, match="rate"):
+        kind(value, 15.0)

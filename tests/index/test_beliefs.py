@@ -187,6 +187,27 @@ def test_memory_is_bounded_though_an_engine_never_evicts():
     assert 5000 in index.held(1, Tier.GPU)
 
 
+def test_the_log_of_a_worker_is_bounded_too():
+    index = llmd.ExactIndex(max_blocks=10_000)
+    index.join(worker(), 0.0)
+    for turn in range(60):
+        names = np.arange(turn * 5000, turn * 5000 + 5000, dtype=np.uint64)
+        index.store("a", names, 16, Tier.GPU, float(turn))
+    (log,) = index._tiers[Tier.GPU]._logs.values()
+    assert len(log) < 4 * 10_000
+    index.check()
+
+
+def test_a_list_of_workers_may_change_between_two_looks():
+    index, asked, ids = llmd.ExactIndex(), request("r"), ["a", "b"]
+    for id in ids:
+        index.join(worker(id), 0.0)
+    index.store("a", asked.hashes(16), 16, Tier.GPU, 0.0)
+    assert index.match(asked, ids, 0.0)[:, 0].tolist() == [256, 0]
+    ids.reverse()
+    assert index.match(asked, ids, 0.0)[:, 0].tolist() == [0, 256]
+
+
 @pytest.mark.parametrize("workers", [1, 7, 64, 65, 200])
 def test_any_number_of_workers(workers):
     index = llmd.ExactIndex()

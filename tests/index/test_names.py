@@ -166,3 +166,24 @@ def test_bytes_are_prompts_of_their_bytes():
         Prompt.of(b"abcdefgh").hashes(4).tolist()
         == Prompt.of(list(b"abcdefgh")).hashes(4).tolist()
     )
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.array([1, -1]),
+        np.array([-1, 1], np.int32),
+        np.array([2**63], np.uint64),
+        [2**64 - 1],
+    ],
+    ids=repr,
+)
+def test_a_token_below_0_would_add_nothing_and_is_refused(tokens):
+    with pytest.raises(InvalidRequest):
+        Request(id="r", prompt=tokens)
+
+
+def test_a_view_of_numbers_is_numbers():
+    numbers = memoryview(np.arange(300))
+    assert Request(id="r", prompt=numbers).prompt_tokens == 300
+    assert (Prompt.of(numbers).hashes(16) == Prompt.of(range(300)).hashes(16)).all()

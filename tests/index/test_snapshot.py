@@ -75,3 +75,17 @@ def test_a_key_cannot_change_under_names_that_exist():
         hashing.share_key(bytes(16))
     with pytest.raises(InvalidRequest):
         hashing.share_key(b"short")
+
+
+def test_windows_and_settings_are_dumped_too():
+    index = llmd.ExactIndex(grace=9.0, max_blocks=77)
+    asked = llmd.Request(id="r", prompt=range(20))
+    index.join(llmd.Worker(id="a", block_tokens=1), 0.0)
+    index.window("a", 5, 0.0)
+    index.store("a", asked.hashes(1)[10:], 1, Tier.GPU, 0.0)
+    again = restore(dump(index))
+    again.join(llmd.Worker(id="a", block_tokens=1), 0.0)
+    assert index.match(asked, ("a",), 0.0)[0, 0] == 20
+    assert again.match(asked, ("a",), 0.0)[0, 0] == 20
+    assert (again.grace, again.max_blocks) == (9.0, 77)
+    assert restore(dump(llmd.GuessedIndex(ttl=5.0))).ttl == 5.0

@@ -135,6 +135,7 @@ class TestOverZmq:
             port = socket.bind_to_random_port("tcp://127.0.0.1")
             async with self.exchange(made, peers=[f"tcp://127.0.0.1:{port}"]) as ours:
                 bad = [b"", b"{", b"[]", b'{"v":2}', b'{"v":1,"loads":{"w":[1]}}']
+                bad += [message(cell) for cell in ("Infinity", "NaN", 10**30, -1)]
 
                 async def send():
                     while True:
@@ -147,6 +148,12 @@ class TestOverZmq:
                 sender.cancel()
                 assert ours.counts["heard"] == 0
             socket.close(linger=0)
+
+
+def message(cell):
+    loads = f'{{"w":[{cell},0,0,0]}}'
+    text = f'{{"v":1,"peer":"q","sequence":1,"valid_s":1.0,"loads":{loads}}}'
+    return text.encode()
 
 
 @given(garbage=st.binary(max_size=60) | st.text(max_size=30).map(str.encode))

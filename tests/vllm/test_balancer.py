@@ -92,7 +92,7 @@ async def test_interactive_requests_overtake_queued_batch(server, sent):
     bands = [b.Band(name="chat"), b.Band(name="batch", ceiling=0.75)]
     server.cluster.balancer = shallow(b.Bands(bands))
     async with asyncio.timeout(240), asyncio.TaskGroup() as group:
-        for number in range(40):
+        for number in range(150):
             group.create_task(ask(server, f"batch{number}", tokens=16, priority=1))
         await asyncio.sleep(0.2)
         assert len(server.cluster.waiting) > 20

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import attrs
 import pytest
 
 pytest.importorskip("nixl")
@@ -219,6 +220,21 @@ async def under_faults(fleet, requests, wanted):
                 tasks.create_task(faults[number](role))
 
 
+async def until_all_happened(fleet, requests, wanted):
+    """Ask again, one by one, until what is left to chance has happened too.
+
+    On a slow machine an engine without the key may be up only when all is asked.
+    """
+    for request, want in zip(requests, wanted, strict=True):
+        if fleet.seen["keyless"] and Late.lapsed:
+            return
+        async with asyncio.timeout(60):
+            while not (fleet.keyless & set(fleet.of("p")) and fleet.of("d")):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        fleet.seen["asked again"] += 1
+        await fleet.ask(attrs.evolve(request, id=f"{request.id}-again"), want)
+
+
 async def assert_nothing_is_held(fleet):
     server = fleet.server
     for role in "pd":
@@ -251,6 +267,7 @@ async def test_every_request_ends_right_or_says_why(model, requests, wanted, lay
         for role in "pdpd":
             await fleet.join(role)
         await under_faults(fleet, requests, wanted)
+        await until_all_happened(fleet, requests, wanted)
         seen = fleet.seen
         for worker in fleet.of("d"):
             await fleet.count(worker)
@@ -258,8 +275,9 @@ async def test_every_request_ends_right_or_says_why(model, requests, wanted, lay
         print(dict(seen), dict(server.counts))  # shown with -s
         await assert_nothing_is_held(fleet)
     errors = sum(seen[kind.__name__] for kind in (WorkerLost, EngineError))
-    assert seen["right"] + seen["left"] + errors == REQUESTS, seen
-    assert seen["right"] > 0.8 * REQUESTS, seen
+    asked = REQUESTS + seen["asked again"]
+    assert seen["right"] + seen["left"] + errors == asked, seen
+    assert errors <= 0.1 * asked, seen  # how many clients left is chance
     assert seen["killed"] == KILLS, seen
     assert bool(Promising.made) == layerwise
     happened = ("hung", "damaged", "keyless", "late", "left", "handed over")

@@ -11,7 +11,6 @@ mix:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import secrets
@@ -31,6 +30,7 @@ from ..types import Load
 _log = logging.getLogger("llmd.peers")
 _VERSION = 1
 _WORKERS = 1 << 14
+_MOST = 1 << 48
 _QUEUED = 64
 
 
@@ -62,7 +62,7 @@ def decode(message: bytes, at: float) -> PeerReported:
         if said["v"] != _VERSION or len(said["loads"]) > _WORKERS:
             raise ValueError("another version, or beyond any fleet")
         loads = {
-            str(worker): Load(*(int(cell) for cell in cells))
+            str(worker): Load(*map(_amount, cells))
             for worker, cells in said["loads"].items()
         }
         valid_s = float(said["valid_s"])
@@ -71,8 +71,17 @@ def decode(message: bytes, at: float) -> PeerReported:
         return PeerReported(
             at, str(said["peer"]), int(said["sequence"]), loads, valid_s
         )
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"not a report: {error!r}") from error
+    except RecursionError as error:
+        raise ValueError("not a report: nested too deep") from error
+
+
+def _amount(cell: Any) -> int:
+    """Return a cell of a load, which sums with others in 64 bits."""
+    if not 0 <= cell < _MOST:
+        raise ValueError(f"a load of {cell}")
+    return int(cell)
 
 
 @attrs.define(eq=False)
@@ -136,9 +145,7 @@ class PeerExchange:
     ) -> None:
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=0)
 
     def listen(self, endpoint: str) -> None:

@@ -47,10 +47,10 @@ class Rate(abc.ABC):
     period: float
 
     def __attrs_post_init__(self) -> None:
-        name, value, period = type(self).__name__, self.value, self.period
+        value, period = self.value, self.period
         if not (is_whole(value) and value > 0):
-            said = f"a {name} of {shown(value)}, must be a whole number over 0"
-            raise InvalidPolicy(said)
+            rate = f"the rate of a {type(self).__name__}"
+            raise InvalidPolicy(f"{rate} is {shown(value)}, must be whole and over 0")
         if not (is_number(period) and 0 < period <= 1800):
             raise InvalidPolicy(f"period is {shown(period)} s, must be in (0, 1800]")
 

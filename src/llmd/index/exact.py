@@ -148,6 +148,10 @@ class ExactIndex(PrefixIndex):
         for worker, block_tokens in self._block_tokens.items():
             yield worker, block_tokens, self._seats.bit(worker)
 
+    def window_tokens(self, bit: int) -> int:
+        """Return the tokens that the worker *bit* looks back; 0 if all."""
+        return self._windows.get(bit, 0)
+
     def held(self, bit: int, tier: Tier) -> list[int]:
         """Return the names that the worker *bit* holds in *tier*."""
         return [*self._tiers[tier].names(bit)]

@@ -79,6 +79,12 @@ class PlainHolders:
             else:
                 del masks[name]
 
+    def kept(self, bit: int, names: Iterable[int]) -> bytes:
+        """Return those of *names*, each once, that *bit* holds, 8 bytes a name."""
+        find = self._masks.get
+        held = [name for name in dict.fromkeys(names) if find(name, 0) & bit]
+        return array("Q", held).tobytes()
+
     def find(self, name: int, default: int) -> int:
         """Return who holds *name*, as `dict.get` does."""
         return self._masks.get(name, default)
@@ -236,13 +242,14 @@ def check(holders: Holders, known: int) -> None:
 class LoggedHolders(Holders):
     """Holders that can drop a worker: a log says what each has been given.
 
-    The log takes 8 to 24 bytes a block and worker.  A worker is dropped at
+    The log takes 8 to 16 bytes a block and worker.  A worker is dropped at
     once, by its bit being `dead`; what it held is swept up behind it, in time
     proportional to that, by the calls that store.
     """
 
     _logs: dict[int, array[int]] = attrs.field(factory=dict, init=False)
-    _gone: dict[int, int] = attrs.field(factory=dict, init=False)
+    # Worker's bit -> length at which its log is gone through next.
+    _longest: dict[int, int] = attrs.field(factory=dict, init=False)
     _dead: int = attrs.field(default=0, init=False)
     _unswept: deque[tuple[int, Iterator[int]]] = attrs.field(factory=deque, init=False)
 
@@ -256,27 +263,29 @@ class LoggedHolders(Holders):
         log = self._logs.get(bit)
         if log is None:
             log = self._logs[bit] = array("Q")
+            self._longest[bit] = _LOG_SPARE
         log.frombytes(new)
+        if len(log) > self._longest[bit]:
+            self._shorten(bit, log)
         if self._dead:
             self.sweep(_SWEEP * len(names))
         return new
 
     def drop(self, bit: int, names: Sequence[int] | Hashes) -> None:
-        """Let *bit* hold *names* no more, and its log shrink now and then."""
+        """Let *bit* hold *names* no more."""
         self.discard(bit, names)
-        log = self._logs.get(bit)
-        if log is not None:
-            gone = self._gone[bit] = self._gone.get(bit, 0) + len(names)
-            if gone > len(log) // 2 + _LOG_SPARE:
-                self._logs[bit] = array("Q", self.names(bit))
-                self._gone[bit] = 0
 
     def names(self, bit: int) -> Iterator[int]:
         """Yield what the worker *bit* holds, oldest first."""
-        find = self.find
-        for name in dict.fromkeys(self._logs.get(bit, ())):
-            if find(name, 0) & bit:
-                yield name
+        log = self._logs.get(bit)
+        if log:
+            yield from array("Q", self.kept(bit, log))
+
+    def _shorten(self, bit: int, log: array[int]) -> None:
+        """Leave out what is held no more; amortised, as the log has doubled."""
+        kept = array("Q", self.kept(bit, log))
+        self._logs[bit] = kept
+        self._longest[bit] = 2 * len(kept) + _LOG_SPARE
 
     def clear(self, bit: int) -> None:
         """Let *bit* hold nothing, in O(1): later calls sweep up behind it.
@@ -284,7 +293,7 @@ class LoggedHolders(Holders):
         *bit* must not be used again before it leaves `dead`.
         """
         log = self._logs.pop(bit, None)
-        self._gone.pop(bit, None)
+        self._longest.pop(bit, None)
         if log:
             self._dead |= bit
             self._unswept.append((bit, iter(log)))

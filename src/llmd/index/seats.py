@@ -112,7 +112,8 @@ class Seats:
 
     def rows(self, workers: Sequence[WorkerId]) -> Rows:
         """Return where *workers*, by identity, stand in an array of them."""
-        if self._rows.workers is not workers:
+        # A list may have been changed since.
+        if self._rows.workers is not workers or not isinstance(workers, tuple):
             bits = self._bits
             found = {bits[w]: row for row, w in enumerate(workers) if w in bits}
             self._rows = Rows(workers, found)

@@ -31,7 +31,7 @@ from .interface import PrefixIndex
 from .tally import Record, Tally
 
 _MAGIC = b"llmd index\n"
-_VERSION = 1
+_VERSION = 2
 _HEAD = struct.Struct("<II")
 _SUM_BYTES = 16
 _Arrays = list[NDArray[Any]]
@@ -129,12 +129,19 @@ def _describe_exact(index: ExactIndex, arrays: _Arrays) -> dict[str, Any]:
     workers = []
     held: list[list[list[int]]] = []
     for worker, block_tokens, bit in index.seated():
-        workers.append({"id": worker, "block_tokens": block_tokens})
+        workers.append(
+            {
+                "id": worker,
+                "block_tokens": block_tokens,
+                "window": index.window_tokens(bit),
+            }
+        )
         held.append([index.held(bit, tier) for tier in Tier])
     for tiers in held:
         arrays += [np.array(names, dtype="<u8") for names in tiers]
     counts = [[len(names) for names in tiers] for tiers in held]
-    return {"kind": "exact", "workers": workers, "counts": counts}
+    settings = {"grace": index.grace, "max_blocks": index.max_blocks}
+    return {"kind": "exact", "workers": workers, "counts": counts, **settings}
 
 
 def _describe_guessed(index: GuessedIndex, arrays: _Arrays) -> dict[str, Any]:
@@ -150,7 +157,8 @@ def _describe_guessed(index: GuessedIndex, arrays: _Arrays) -> dict[str, Any]:
             }
         )
         arrays += [np.array(names, dtype="<u8") for _, names in log]
-    return {"kind": "guessed", "grain_tokens": index.grain_tokens, "workers": workers}
+    settings = {"grain_tokens": index.grain_tokens, "ttl": index.ttl}
+    return {"kind": "guessed", "workers": workers, **settings}
 
 
 def _rebuild(header: dict[str, Any], reader: _Reader) -> PrefixIndex:
@@ -178,18 +186,20 @@ def _recalled(known: dict[str, Any]) -> Record:
 
 
 def _rebuild_exact(header: dict[str, Any], reader: _Reader) -> ExactIndex:
-    index = ExactIndex()
+    index = ExactIndex(grace=header["grace"], max_blocks=header["max_blocks"])
     never = -float("inf")
     for worker, counts in zip(header["workers"], header["counts"], strict=True):
         size = worker["block_tokens"]
         for tier, count in zip(Tier, counts, strict=True):
             names = reader.take(count).astype(np.uint64)
             index.store(worker["id"], names, size, tier, never)
+        if worker["window"]:
+            index.window(worker["id"], worker["window"], never)
     return index
 
 
 def _rebuild_guessed(header: dict[str, Any], reader: _Reader) -> GuessedIndex:
-    index = GuessedIndex(grain_tokens=header["grain_tokens"])
+    index = GuessedIndex(grain_tokens=header["grain_tokens"], ttl=header["ttl"])
     for known in header["workers"]:
         sizes = {name: known[name] for name in ("block_tokens", "kv_blocks")}
         index.join(Worker(id=known["id"], **sizes), at=0.0)

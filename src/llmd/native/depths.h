@@ -26,7 +26,7 @@ find_in(const Union *all, uint64_t name, const uint64_t *within, uint64_t *row)
     for (Py_ssize_t other = 1; other < all->count; other++) {
         sets = &all->tables[other]->sets;
         first = row_of(sets, set_of(all->tables[other], name));
-        for (Py_ssize_t word = 0; word < sets->words; word++)
+        for (Py_ssize_t word = 0; word < sets->words && word < all->words; word++)
             row[word] |= first[word];
     }
     for (Py_ssize_t word = 0; word < all->words; word++)
@@ -108,41 +108,49 @@ depths_in(Table *self, PyObject *from, PyObject *alive, PyObject *others,
           PyTypeObject *type, Emit emit, void *to)
 {
     Table *tables[8] = {self};
-    Union all = {tables, 1, self->sets.words};
     if (!PyTuple_Check(others) || PyTuple_GET_SIZE(others) > 7) {
         PyErr_SetString(PyExc_TypeError, "want a tuple of at most 7 tables");
         return -1;
     }
+    Numbers names;
+    Mask mask;
+    if (mask_open(&mask, alive) < 0)
+        return -1;
+    if (numbers_open(&names, from) < 0) {
+        Py_XDECREF(mask.bytes);
+        return -1;
+    }
+    /* What is below runs no Python before the first group is told, so that the
+     * tables stay as they are; its memory is its own, as a group may be told to
+     * one who looks again. */
+    int failed = -1;
+    Union all = {tables, 1, self->sets.words};
     for (Py_ssize_t other = 0; other < PyTuple_GET_SIZE(others); other++) {
         PyObject *table = PyTuple_GET_ITEM(others, other);
         if (!PyObject_TypeCheck(table, type)) {
             PyErr_SetString(PyExc_TypeError, "others must be tables");
-            return -1;
+            goto done;
         }
         tables[all.count++] = (Table *)table;
         if (((Table *)table)->sets.words > all.words)
             all.words = ((Table *)table)->sets.words;
     }
-    Py_ssize_t need = (3 + MOST_STEPS) * all.words;
-    if (need > self->scratch_words) {
-        uint64_t *scratch = PyMem_Realloc(self->scratch, 8 * need);
-        if (scratch == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        self->scratch = scratch, self->scratch_words = need;
-    }
-    Numbers names;
-    if (read_mask(alive, self->scratch, all.words) < 0 || numbers_open(&names, from) < 0)
-        return -1;
-    int failed = 0;
-    if (names.items != NULL) { /* whose __index__ might come back here */
+    uint64_t few[4 * (3 + MOST_STEPS)], *scratch = few;
+    if (all.words > 4)
+        scratch = PyMem_Malloc(8 * (3 + MOST_STEPS) * all.words);
+    if (scratch == NULL) {
+        PyErr_NoMemory();
+    } else if (names.items != NULL) { /* whose __index__ might come back here */
         PyErr_SetString(PyExc_TypeError, "want names as an array");
-        failed = -1;
-    } else if (names.count) {
-        failed = search(&all, &names, self->scratch, emit, to);
+    } else {
+        mask_read(&mask, scratch, all.words);
+        failed = names.count ? search(&all, &names, scratch, emit, to) : 0;
     }
+    if (scratch != few)
+        PyMem_Free(scratch);
+done:
     numbers_close(&names);
+    Py_XDECREF(mask.bytes);
     return failed;
 }
 

@@ -159,6 +159,56 @@ Table_discard(Table *self, PyObject *const *args, Py_ssize_t given)
     return failed ? NULL : Py_NewRef(Py_None);
 }
 
+PyDoc_STRVAR(kept_doc,
+"kept($self, bit, names, /)\n--\n\n"
+"Return those of *names*, each once, that the worker *bit* holds, 8 bytes each.");
+
+static PyObject *
+Table_kept(Table *self, PyObject *const *args, Py_ssize_t given)
+{
+    Numbers names;
+    if (want_arguments("kept", given, 2) < 0)
+        return NULL;
+    Py_ssize_t seat = seat_of(args[0]), found = 0;
+    if (seat < 0 || numbers_open(&names, args[1]) < 0)
+        return NULL;
+    uint64_t places = 64;
+    while (places < 2 * (uint64_t)names.count)
+        places *= 2;
+    PyObject *kept = PyBytes_FromStringAndSize(NULL, 8 * names.count);
+    uint32_t *seen = PyMem_Calloc(places, 4); /* place in *kept* + 1, by hash */
+    if (kept == NULL || seen == NULL) {
+        Py_CLEAR(kept);
+        PyErr_NoMemory();
+    }
+    for (Py_ssize_t place = 0; kept != NULL && place < names.count; place++) {
+        uint64_t name, other;
+        if (numbers_at(&names, place, &name) < 0) {
+            Py_CLEAR(kept);
+            break;
+        }
+        if (seat >= 64 * self->sets.words ||
+            !(row_of(&self->sets, set_of(self, name))[seat >> 6] >> (seat & 63) & 1))
+            continue;
+        char *into = PyBytes_AS_STRING(kept);
+        uint64_t slot = (name * UINT64_C(0x9E3779B97F4A7C15)) >> 32 & (places - 1);
+        for (; seen[slot]; slot = (slot + 1) & (places - 1)) {
+            memcpy(&other, into + 8 * (Py_ssize_t)(seen[slot] - 1), 8);
+            if (other == name)
+                break;
+        }
+        if (!seen[slot]) {
+            memcpy(into + 8 * found, &name, 8);
+            seen[slot] = (uint32_t)++found;
+        }
+    }
+    PyMem_Free(seen);
+    numbers_close(&names);
+    if (kept != NULL)
+        _PyBytes_Resize(&kept, 8 * found);
+    return kept;
+}
+
 PyDoc_STRVAR(find_doc,
 "find($self, name, default, /)\n--\n\nReturn who holds *name*, as `dict.get` does.");
 
@@ -200,11 +250,11 @@ Table_items(Table *self, PyObject *nothing)
     PyObject *items = PyList_New(0);
     for (uint32_t entry = 0; items != NULL && entry < self->count; entry++) {
         uint32_t set = self->holders[entry];
+        unsigned long long name = self->names[entry];
         if (!set)
             continue;
         PyObject *mask = mask_of(row_of(&self->sets, set), self->sets.words);
-        PyObject *pair =
-            mask ? Py_BuildValue("(KN)", self->names[entry], mask) : NULL;
+        PyObject *pair = mask ? Py_BuildValue("(KN)", name, mask) : NULL;
         if (pair == NULL || PyList_Append(items, pair) < 0)
             Py_CLEAR(items);
         Py_XDECREF(pair);
@@ -280,14 +330,13 @@ Table_dealloc(Table *self)
 {
     sets_free(&self->sets);
     PyMem_Free(self->names), PyMem_Free(self->holders), PyMem_Free(self->slots);
-    PyMem_Free(self->scratch);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
 static PyObject *
 Table_sizeof(Table *self, PyObject *nothing)
 {
-    size_t size = sizeof(Table) + 8 * self->scratch_words;
+    size_t size = sizeof(Table);
     size += 12 * (size_t)self->capacity + 4 * ((size_t)self->mask + 1);
     size += (size_t)self->sets.capacity * (8 * self->sets.words + 8);
     size += 4 * ((size_t)self->sets.mask + 1);
@@ -299,6 +348,7 @@ Table_sizeof(Table *self, PyObject *nothing)
 static PyMethodDef Table_methods[] = {
     {"add", FAST(Table_add), add_doc},
     {"discard", FAST(Table_discard), discard_doc},
+    {"kept", FAST(Table_kept), kept_doc},
     {"find", FAST(Table_find), find_doc},
     {"depths", FAST(Table_depths), depths_doc},
     {"raise_to", FAST(Table_raise_to), raise_to_doc},
@@ -327,6 +377,7 @@ static PyTypeObject TableType = {
 static PyMethodDef functions[] = {
     {"token_ids", FAST(token_ids), token_ids_doc},
     {"fold", FAST(fold), fold_doc},
+    {"beyond", (PyCFunction)beyond, METH_O, beyond_doc},
     {"delays", FAST(delays), delays_doc},
     {NULL},
 };

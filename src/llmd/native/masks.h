@@ -21,9 +21,11 @@ static Py_ssize_t
 seat_of(PyObject *mask)
 {
     int overflow;
-    long long bit = PyLong_AsLongLongAndOverflow(mask, &overflow);
-    if (bit == -1 && PyErr_Occurred())
+    if (!PyLong_CheckExact(mask)) { /* whose methods might do anything */
+        PyErr_SetString(PyExc_TypeError, "a worker is an int, a bit above 0");
         return -1;
+    }
+    long long bit = PyLong_AsLongLongAndOverflow(mask, &overflow);
     if (overflow > 0) {
         PyObject *length = PyObject_CallMethod(mask, "bit_length", NULL);
         Py_ssize_t seat = length ? PyLong_AsSsize_t(length) - 1 : -1;
@@ -36,31 +38,47 @@ seat_of(PyObject *mask)
     return -1;
 }
 
-/* Write *mask* to *row*, what goes beyond it left out. */
+/* Workers as words, lowest first: those of a small int lie here, others in the
+ * bytes that Python made of them. */
+typedef struct {
+    uint64_t word;
+    PyObject *bytes; /* NULL: `word` is all */
+} Mask;
+
 static int
-read_mask(PyObject *mask, uint64_t *row, Py_ssize_t words)
+mask_open(Mask *mask, PyObject *from)
 {
-    memset(row, 0, 8 * words);
-    unsigned long long low = PyLong_AsUnsignedLongLong(mask);
-    if (low != (unsigned long long)-1 || !PyErr_Occurred()) {
-        if (words)
-            row[0] = low;
-        return 0;
+    int overflow;
+    mask->bytes = NULL;
+    if (!PyLong_CheckExact(from)) { /* whose methods might do anything */
+        PyErr_SetString(PyExc_TypeError, "workers are an int");
+        return -1;
     }
-    if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+    long long low = PyLong_AsLongLongAndOverflow(from, &overflow);
+    if (overflow < 0 || (overflow == 0 && low < 0)) {
+        PyErr_SetString(PyExc_ValueError, "workers are bits, not below 0");
         return -1;
-    PyErr_Clear();
-    Py_ssize_t seat = seat_of(mask);
-    if (seat < 0)
-        return -1;
-    PyObject *raw =
-        PyObject_CallMethod(mask, "to_bytes", "ns", (seat / 64 + 1) * 8, "little");
-    if (raw == NULL)
-        return -1;
-    Py_ssize_t size = PyBytes_GET_SIZE(raw);
-    memcpy(row, PyBytes_AS_STRING(raw), size < 8 * words ? size : 8 * words);
-    Py_DECREF(raw);
-    return 0;
+    }
+    mask->word = (uint64_t)low;
+    if (overflow == 0)
+        return 0;
+    Py_ssize_t words = seat_of(from) / 64 + 1;
+    mask->bytes = PyObject_CallMethod(from, "to_bytes", "ns", 8 * words, "little");
+    return mask->bytes == NULL ? -1 : 0;
+}
+
+/* Write *mask* to a row, what goes beyond it left out. */
+static void
+mask_read(const Mask *mask, uint64_t *row, Py_ssize_t words)
+{
+    Py_ssize_t room = 8 * words, given = 8;
+    const char *from = (const char *)&mask->word;
+    if (mask->bytes != NULL) {
+        from = PyBytes_AS_STRING(mask->bytes);
+        given = PyBytes_GET_SIZE(mask->bytes);
+    }
+    memset(row, 0, room);
+    memcpy(row, from, given < room ? given : room);
 }
 
 #endif

@@ -29,6 +29,32 @@ token_ids(PyObject *module, PyObject *const *args, Py_ssize_t given)
     return whole ? Py_NewRef(Py_None) : NULL;
 }
 
+PyDoc_STRVAR(beyond_doc,
+"beyond(tokens, /)\n--\n\nSay whether a buffer of 8-byte items has one from 2**63 on.");
+
+static PyObject *
+beyond(PyObject *module, PyObject *from)
+{
+    Numbers tokens;
+    if (numbers_open(&tokens, from) < 0)
+        return NULL;
+    uint64_t all = 0, token;
+    if (tokens.items == NULL && tokens.stride == 8) {
+        for (Py_ssize_t place = 0; place < tokens.count; place++)
+            all |= ((const uint64_t *)tokens.view.buf)[place];
+    } else {
+        for (Py_ssize_t place = 0; place < tokens.count; place++) {
+            if (numbers_at(&tokens, place, &token) < 0) {
+                numbers_close(&tokens);
+                return NULL;
+            }
+            all |= token;
+        }
+    }
+    numbers_close(&tokens);
+    return PyBool_FromLong(all >> 63);
+}
+
 PyDoc_STRVAR(fold_doc,
 "fold(tokens, coefficients, start_tokens, start, block_tokens, out, /)\n--\n\n"
 "Return the name of the prefix that *tokens* make longer, and write the name\n"

@@ -33,9 +33,12 @@ static uint64_t
 row_hash(const uint64_t *row, Py_ssize_t words)
 {
     uint64_t hash = 0;
-    for (Py_ssize_t word = 0; word < words; word++)
-        hash = (hash ^ row[word] ^ (hash >> 29)) * UINT64_C(0x9E3779B97F4A7C15);
-    return hash ^ (hash >> 32);
+    for (Py_ssize_t word = 0; word < words; word++) {
+        hash = (hash ^ row[word]) * UINT64_C(0x9E3779B97F4A7C15);
+        hash = (hash ^ (hash >> 32)) * UINT64_C(0xD6E8FEB86659FD93);
+        hash ^= hash >> 32; /* so that high bits, of high seats, count as well */
+    }
+    return hash;
 }
 
 static void

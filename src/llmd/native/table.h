@@ -17,8 +17,6 @@ typedef struct {
     uint32_t *holders;
     uint32_t *slots; /* entry + 1 by hash, linear probing; 0: empty */
     uint32_t count, capacity, live, mask;
-    uint64_t *scratch;
-    Py_ssize_t scratch_words;
 } Table;
 
 #define MOST_ENTRIES (UINT32_C(1) << 31)

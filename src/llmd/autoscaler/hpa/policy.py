@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from ...errors import MissingRequest, NoSignal
+from ...errors import InvalidPolicy, MissingRequest, NoSignal, shown
 from ...recommendation import Recommendation
 from ...types import State, Worker
 from ...view import Floats, View
-from ..amounts import seconds
+from ..amounts import is_number
 from ..interface import Autoscaler
 from .controller import History, HpaSpec
 from .metrics import Resource, Utilization
@@ -104,7 +104,7 @@ class Hpa(Autoscaler):
     """
 
     spec: HpaSpec
-    interval: float = attrs.field(default=15.0, validator=seconds)
+    interval: float = 15.0
     signals: Mapping[str, Signal] = attrs.field(factory=dict)
     requests: Requests | Callable[[Worker], Requests] = attrs.field(factory=dict)
     _history: History = attrs.field(factory=History, init=False)
@@ -115,6 +115,8 @@ class Hpa(Autoscaler):
         self.min_workers = self.spec.min_replicas
         self.max_workers = self.spec.max_replicas
         super().__attrs_post_init__()
+        if not (is_number(self.interval) and 0 <= self.interval < math.inf):
+            raise InvalidPolicy(f"interval is {shown(self.interval)}, must be seconds")
         if not callable(self.requests):
             self._check(self.requests)
 
