@@ -2,8 +2,7 @@
 
     python examples/autoscale.py [--hpa MANIFEST] [--plot PATH]
 
-Real vLLM engines of a tiny model made here.  With `--hpa` a
-HorizontalPodAutoscaler manifest decides, as it would in Kubernetes.
+Real vLLM engines of a tiny model.  With `--hpa` a HorizontalPodAutoscaler decides.
 """
 
 import argparse
@@ -72,8 +71,7 @@ def plot(course, path):
     at, ready, coming, running, waiting = zip(*course, strict=True)
     _, (above, below) = pyplot.subplots(2, sharex=True)
     above.stackplot(at, running, waiting, labels=["running", "waiting"])
-    below.step(at, coming, label="starting or ready")
-    below.step(at, ready, label="ready")
+    below.step(at, [*zip(coming, ready, strict=True)], label="starting or ready, ready")
     above.legend(), below.legend(), below.set_xlabel("seconds")
     pyplot.savefig(path)
 
