@@ -86,5 +86,4 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     model = str(make_model(".models/tiny"))
     asyncio.run(run(model, make_policy(options.hpa), course := []))
-    if options.plot:
-        plot(course, options.plot)
+    _ = options.plot and plot(course, options.plot)
