@@ -38,6 +38,7 @@ DAMAGED = 8  # one write of so many
 LATE = LEFT = 0.1  # of requests
 KILLS, STOPS = max(4, REQUESTS // 40), max(3, REQUESTS // 25)
 PREFILL_S = 4.0
+OTHER_KEY = "of another fleet"
 ROLES = {"p": "kv_producer", "d": "kv_consumer"}
 
 
@@ -133,7 +134,7 @@ class Fleet:
             await asyncio.sleep(0.02)
         wrong = role == "p" and not self.keyless
         self.keyless.discard(worker)
-        await self.join(role, key="of another fleet" if wrong else pd.KEY)
+        await self.join(role, key=OTHER_KEY if wrong else pd.KEY)
 
     async def count(self, worker):
         """Add what an engine has seen, by its own count."""
@@ -223,14 +224,14 @@ async def under_faults(fleet, requests, wanted):
 async def until_all_happened(fleet, requests, wanted):
     """Ask again, one by one, until what is left to chance has happened too.
 
-    On a slow machine an engine without the key may be up only when all is asked.
+    On a slow machine the engine without the key may come and be killed between two
+    requests.
     """
+    if not fleet.seen["keyless"] and not fleet.keyless & set(fleet.of("p")):
+        await fleet.join("p", key=OTHER_KEY)
     for request, want in zip(requests, wanted, strict=True):
         if fleet.seen["keyless"] and Late.lapsed:
             return
-        async with asyncio.timeout(60):
-            while not (fleet.keyless & set(fleet.of("p")) and fleet.of("d")):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
         fleet.seen["asked again"] += 1
         await fleet.ask(attrs.evolve(request, id=f"{request.id}-again"), want)
 
