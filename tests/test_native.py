@@ -115,6 +115,16 @@ def test_bad_arguments_are_refused_and_nothing_is_written():
 
 # Sets of workers --------------------------------------------------------------
 
+ROWS = Rows((), {1 << seat: seat for seat in range(200)})
+
+
+def raised(table, names, alive, others=()):
+    """Return the tokens that each of 200 workers holds."""
+    held = np.zeros((200, 1), np.int64)
+    table.raise_to(names, alive, others, held, ROWS.view, 1, 1 << 40, 0)
+    return held[:, 0].tolist()
+
+
 WORKERS = 140
 NAMES = 24
 bits = st.integers(0, WORKERS - 1).map(lambda seat: 1 << seat)
@@ -161,8 +171,6 @@ def test_depths_are_those_of_the_plain_search(depths, slower, alive, first, fine
             table.add(1 << seat, names[:depth])
             plain.add(1 << seat, names[:depth])
     others, plain_others = (tables[1],), (plains[1],)
-    found = tables[0].depths(names, alive, others)
-    assert found == plains[0].depths(names, alive, plain_others)
     rows = Rows(range(50), {1 << (2 * row): row for row in range(50)})
     held, want = rows.nothing(), rows.nothing()
     held[3] = want[3] = 100
@@ -219,8 +227,8 @@ def test_a_table_refuses_what_makes_no_sense():
         (lambda: table.add(1, [-1]), OverflowError),
         (lambda: table.add(1, ["a"]), TypeError),
         (lambda: table.add(1, 5), TypeError),
-        (lambda: table.depths([1], 1, ()), TypeError),
-        (lambda: table.depths(np.ones(1, np.uint64), 1, (PlainHolders(),)), TypeError),
+        (lambda: raised(table, [1], 1), TypeError),
+        (lambda: raised(table, np.ones(1, np.uint64), 1, (PlainHolders(),)), TypeError),
         (lambda: table.find("a", 0), TypeError),
     ):
         with pytest.raises(error):
@@ -299,13 +307,13 @@ def test_workers_are_plain_ints():
     table.add(1 << 100, names)
     for call in (
         lambda: table.add(Own(1 << 90), names),
-        lambda: table.depths(names, Own(1 << 90), ()),
-        lambda: table.depths(names, True, ()),
+        lambda: raised(table, names, Own(1 << 90)),
+        lambda: raised(table, names, True),
     ):
         with pytest.raises(TypeError):
             call()
     with pytest.raises(ValueError, match="below 0"):
-        table.depths(names, -1, ())
+        raised(table, names, -1)
 
 
 @compiled
@@ -314,12 +322,13 @@ def test_a_table_may_be_asked_while_it_answers():
     table, names = loops.Table(), np.arange(64, dtype=np.uint64)
     for seat in range(200):
         table.add(1 << seat, names[: seat % 64 + 1])
-    want = table.depths(names, (1 << 200) - 1, ())
+    want = raised(table, names, (1 << 200) - 1)
+    assert want == [seat % 64 + 1 for seat in range(200)]
     asked = []
 
     class Last:
         def __del__(self):
-            asked.append(table.depths(names, (1 << 130) - 1, ()))
+            asked.append(raised(table, names, (1 << 130) - 1))
             table.add(1 << (300 + len(asked)), names)
 
     threshold = gc.get_threshold()
@@ -329,7 +338,7 @@ def test_a_table_may_be_asked_while_it_answers():
             cycle = Last()
             cycle.self = cycle
             del cycle
-            assert table.depths(names, (1 << 200) - 1, ()) == want
+            assert raised(table, names, (1 << 200) - 1) == want
     finally:
         gc.set_threshold(*threshold)
     assert asked

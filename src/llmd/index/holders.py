@@ -205,7 +205,7 @@ if TYPE_CHECKING or loops is None:
 else:
 
     class Holders(loops.Table):
-        """`PlainHolders` in C, at a third of the memory: `_loops.c`."""
+        """`PlainHolders` in C, at a quarter of the memory: `native/loops.c`."""
 
         __slots__ = ()
 
@@ -213,9 +213,6 @@ else:
             self, names, alive, rows, held, worth, *, fine=_ALL, tier=0, others=()
         ) -> None:
             self.raise_to(names, alive, others, held, rows.view, worth, fine, tier)
-
-        def depths(self, names, alive, others=()):
-            return super().depths(names, alive, others)
 
         def __reduce__(self):
             known = attrs.fields(type(self)) if attrs.has(type(self)) else ()

@@ -26,7 +26,7 @@ find_in(const Union *all, uint64_t name, const uint64_t *within, uint64_t *row)
     for (Py_ssize_t other = 1; other < all->count; other++) {
         sets = &all->tables[other]->sets;
         first = row_of(sets, set_of(all->tables[other], name));
-        for (Py_ssize_t word = 0; word < sets->words && word < all->words; word++)
+        for (Py_ssize_t word = 0; word < sets->words; word++)
             row[word] |= first[word];
     }
     for (Py_ssize_t word = 0; word < all->words; word++)
@@ -48,34 +48,60 @@ empty(const uint64_t *row, Py_ssize_t words)
     return 1;
 }
 
-/* Takes a group of workers and the leading names that they hold. */
-typedef int (*Emit)(void *to, const uint64_t *row, Py_ssize_t words, Py_ssize_t depth);
+/* Where depths are written, and what they are worth. */
+typedef struct {
+    int64_t *held;       /* (workers, columns) */
+    const int64_t *rows; /* of each worker in it; below 0: not wanted */
+    Py_ssize_t workers, columns, seats, first;
+    int64_t worth, fine;
+} Goal;
+
+/* Raise the workers *row* to what *depth* names are worth. */
+static void
+raise_row(const Goal *goal, const uint64_t *row, Py_ssize_t words, Py_ssize_t depth)
+{
+    int64_t coarse = depth > goal->fine ? depth - goal->fine : 0;
+    int64_t worth = goal->worth * (depth - coarse + coarse * goal->fine);
+    for (Py_ssize_t word = 0; word < words; word++)
+        for (uint64_t bits = row[word]; bits; bits &= bits - 1) {
+            Py_ssize_t seat = 64 * word + __builtin_ctzll(bits);
+            int64_t place = seat < goal->seats ? goal->rows[seat] : -1;
+            if (place < 0 || place >= goal->workers)
+                continue;
+            int64_t *held = goal->held + place * goal->columns;
+            for (Py_ssize_t column = goal->first; column < goal->columns; column++)
+                if (held[column] < worth)
+                    held[column] = worth;
+        }
+}
 
 #define MOST_STEPS 64 /* halvings of what fits in memory */
+
+static inline uint64_t
+name_at(const Numbers *names, Py_ssize_t place)
+{
+    uint64_t name;
+    memcpy(&name, (const char *)names->view.buf + place * names->stride, 8);
+    return name;
+}
 
 /* Bisect for the depths at which the set of holders shrinks: `at` holds the
  * names up to *low*, `right` those up to *high*; what was seen further right
  * waits on a stack. */
-static int
-search(const Union *all, const Numbers *names, uint64_t *scratch, Emit emit, void *to)
+static void
+search(const Union *all, const Numbers *names, uint64_t *scratch, const Goal *goal)
 {
     Py_ssize_t words = all->words, low = 0, high = names->count - 1, ahead = 0;
     uint64_t *at = scratch, *right = at + words, *middle = right + words,
-             *stack = middle + words, name;
+             *stack = middle + words;
     Py_ssize_t places[MOST_STEPS];
-    if (numbers_at(names, 0, &name) < 0)
-        return -1;
-    find_in(all, name, at, middle);
+    find_in(all, name_at(names, 0), at, middle);
     memcpy(at, middle, 8 * words);
-    if (numbers_at(names, high, &name) < 0)
-        return -1;
-    find_in(all, name, at, right);
+    find_in(all, name_at(names, high), at, right);
     while (!empty(at, words)) {
         while (high - low > 1 && !same(at, right, words)) {
             Py_ssize_t half = (low + high) >> 1;
-            if (numbers_at(names, half, &name) < 0)
-                return -1;
-            find_in(all, name, at, middle);
+            find_in(all, name_at(names, half), at, middle);
             if (same(middle, at, words)) {
                 low = half;
                 continue;
@@ -88,8 +114,7 @@ search(const Union *all, const Numbers *names, uint64_t *scratch, Emit emit, voi
         if (!same(at, right, words)) {
             for (Py_ssize_t word = 0; word < words; word++)
                 middle[word] = at[word] & ~right[word];
-            if (emit(to, middle, words, low + 1) < 0)
-                return -1;
+            raise_row(goal, middle, words, low + 1);
             memcpy(at, right, 8 * words);
         }
         low = high;
@@ -99,59 +124,32 @@ search(const Union *all, const Numbers *names, uint64_t *scratch, Emit emit, voi
         for (Py_ssize_t word = 0; word < words; word++)
             right[word] = stack[ahead * words + word] & at[word];
     }
-    return empty(at, words) ? 0 : emit(to, at, words, names->count);
+    raise_row(goal, at, words, names->count);
 }
 
-/* Search *names* among the workers *alive*, in *self* and *others*. */
+/* Search *names* among the workers *alive* in *tables*, *count* of them.  Runs no
+ * Python, so the tables stay as they are. */
 static int
-depths_in(Table *self, PyObject *from, PyObject *alive, PyObject *others,
-          PyTypeObject *type, Emit emit, void *to)
+raise_all(Table **tables, Py_ssize_t count, const Numbers *names, const Mask *alive,
+          const Goal *goal)
 {
-    Table *tables[8] = {self};
-    if (!PyTuple_Check(others) || PyTuple_GET_SIZE(others) > 7) {
-        PyErr_SetString(PyExc_TypeError, "want a tuple of at most 7 tables");
-        return -1;
-    }
-    Numbers names;
-    Mask mask;
-    if (mask_open(&mask, alive) < 0)
-        return -1;
-    if (numbers_open(&names, from) < 0) {
-        Py_XDECREF(mask.bytes);
-        return -1;
-    }
-    /* What is below runs no Python before the first group is told, so that the
-     * tables stay as they are; its memory is its own, as a group may be told to
-     * one who looks again. */
-    int failed = -1;
-    Union all = {tables, 1, self->sets.words};
-    for (Py_ssize_t other = 0; other < PyTuple_GET_SIZE(others); other++) {
-        PyObject *table = PyTuple_GET_ITEM(others, other);
-        if (!PyObject_TypeCheck(table, type)) {
-            PyErr_SetString(PyExc_TypeError, "others must be tables");
-            goto done;
-        }
-        tables[all.count++] = (Table *)table;
-        if (((Table *)table)->sets.words > all.words)
-            all.words = ((Table *)table)->sets.words;
-    }
+    Union all = {tables, count, 0};
+    for (Py_ssize_t table = 0; table < count; table++)
+        if (tables[table]->sets.words > all.words)
+            all.words = tables[table]->sets.words;
     uint64_t few[4 * (3 + MOST_STEPS)], *scratch = few;
     if (all.words > 4)
         scratch = PyMem_Malloc(8 * (3 + MOST_STEPS) * all.words);
     if (scratch == NULL) {
         PyErr_NoMemory();
-    } else if (names.items != NULL) { /* whose __index__ might come back here */
-        PyErr_SetString(PyExc_TypeError, "want names as an array");
-    } else {
-        mask_read(&mask, scratch, all.words);
-        failed = names.count ? search(&all, &names, scratch, emit, to) : 0;
+        return -1;
     }
+    mask_read(alive, scratch, all.words);
+    if (names->count)
+        search(&all, names, scratch, goal);
     if (scratch != few)
         PyMem_Free(scratch);
-done:
-    numbers_close(&names);
-    Py_XDECREF(mask.bytes);
-    return failed;
+    return 0;
 }
 
 #endif

@@ -3,8 +3,9 @@
  *
  * Everything here has a twin in Python, `hashing.Hasher`,
  * `index.holders.PlainHolders` and `router.delay.LeastDelay`, which says what is
- * meant, runs where no compiler was at hand, and is what the tests compare with.  Only the buffer protocol is
- * used, so building needs Python's own headers and no others.
+ * meant, runs where no compiler was at hand, and is what the tests compare with.
+ * Only the buffer protocol is used, so building needs Python's own headers and no
+ * others.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -16,57 +17,26 @@ static PyTypeObject TableType;
 
 /* Depths --------------------------------------------------------------------- */
 
-static int
-emit_pair(void *to, const uint64_t *row, Py_ssize_t words, Py_ssize_t depth)
+#define MOST_TABLES 8
+
+/* Write *self* and *others* to *tables*; return how many, or -1. */
+static Py_ssize_t
+tables_of(Table *self, PyObject *others, Table **tables)
 {
-    PyObject *mask = mask_of(row, words);
-    PyObject *pair = mask ? Py_BuildValue("(Nn)", mask, depth) : NULL;
-    int failed = pair == NULL || PyList_Append(to, pair) < 0;
-    Py_XDECREF(pair);
-    return failed ? -1 : 0;
-}
-
-PyDoc_STRVAR(depths_doc,
-"depths($self, names, alive, others, /)\n--\n\n"
-"Group the workers of *alive* by how many leading *names* they hold.");
-
-static PyObject *
-Table_depths(Table *self, PyObject *const *args, Py_ssize_t given)
-{
-    if (want_arguments("depths", given, 3) < 0)
-        return NULL;
-    PyObject *found = PyList_New(0);
-    if (found && depths_in(self, args[0], args[1], args[2], &TableType, emit_pair, found) < 0)
-        Py_CLEAR(found);
-    return found;
-}
-
-/* Where depths are written, and what they are worth. */
-typedef struct {
-    int64_t *out;
-    const int64_t *rows; /* of each worker; below 0: not wanted */
-    Py_ssize_t out_count, rows_count, columns, first;
-    int64_t worth, fine;
-} Filler;
-
-static int
-emit_row(void *to, const uint64_t *row, Py_ssize_t words, Py_ssize_t depth)
-{
-    const Filler *filler = to;
-    int64_t coarse = depth > filler->fine ? depth - filler->fine : 0;
-    int64_t worth = filler->worth * (depth - coarse + coarse * filler->fine);
-    for (Py_ssize_t word = 0; word < words; word++)
-        for (uint64_t bits = row[word]; bits; bits &= bits - 1) {
-            Py_ssize_t seat = 64 * word + __builtin_ctzll(bits);
-            int64_t place = seat < filler->rows_count ? filler->rows[seat] : -1;
-            if (place < 0 || place >= filler->out_count)
-                continue;
-            int64_t *held = filler->out + place * filler->columns;
-            for (Py_ssize_t column = filler->first; column < filler->columns; column++)
-                if (held[column] < worth)
-                    held[column] = worth;
+    if (!PyTuple_Check(others) || PyTuple_GET_SIZE(others) >= MOST_TABLES) {
+        PyErr_Format(PyExc_TypeError, "want a tuple of under %d tables", MOST_TABLES);
+        return -1;
+    }
+    tables[0] = self;
+    for (Py_ssize_t other = 0; other < PyTuple_GET_SIZE(others); other++) {
+        PyObject *table = PyTuple_GET_ITEM(others, other);
+        if (!PyObject_TypeCheck(table, &TableType)) {
+            PyErr_SetString(PyExc_TypeError, "others must be tables");
+            return -1;
         }
-    return 0;
+        tables[other + 1] = (Table *)table;
+    }
+    return 1 + PyTuple_GET_SIZE(others);
 }
 
 PyDoc_STRVAR(raise_to_doc,
@@ -77,31 +47,41 @@ PyDoc_STRVAR(raise_to_doc,
 static PyObject *
 Table_raise_to(Table *self, PyObject *const *args, Py_ssize_t given)
 {
-    Py_buffer held, rows;
+    Table *tables[MOST_TABLES];
+    Numbers names;
+    Mask alive = {0};
+    Py_buffer held = {0}, rows = {0};
+    int failed = -1;
     if (want_arguments("raise_to", given, 8) < 0)
         return NULL;
-    Filler filler = {.worth = PyLong_AsLongLong(args[5]),
-                     .fine = PyLong_AsLongLong(args[6]),
-                     .first = PyLong_AsSsize_t(args[7])};
-    if (PyErr_Occurred() || open_output(&held, args[3], 0) < 0)
+    Py_ssize_t count = tables_of(self, args[2], tables);
+    Goal goal = {.worth = PyLong_AsLongLong(args[5]),
+                 .fine = PyLong_AsLongLong(args[6]),
+                 .first = PyLong_AsSsize_t(args[7])};
+    if (count < 0 || PyErr_Occurred() || numbers_open(&names, args[0]) < 0)
         return NULL;
-    if (PyObject_GetBuffer(args[4], &rows, PyBUF_CONTIG_RO) < 0) {
-        PyBuffer_Release(&held);
-        return NULL;
-    }
-    int failed = -1;
-    if (held.ndim != 2 || rows.itemsize != 8 || filler.first < 0) {
+    if (mask_open(&alive, args[1]) < 0 || open_output(&held, args[3], 0) < 0 ||
+        PyObject_GetBuffer(args[4], &rows, PyBUF_CONTIG_RO) < 0)
+        goto done;
+    if (names.items != NULL) {
+        PyErr_SetString(PyExc_TypeError, "want names as an array");
+    } else if (held.ndim != 2 || rows.itemsize != 8 || goal.first < 0) {
         PyErr_SetString(PyExc_ValueError, "want held of (W, tiers) and rows of 8 bytes");
     } else {
-        filler.out = held.buf, filler.rows = rows.buf;
-        filler.out_count = held.shape[0], filler.columns = held.shape[1];
-        filler.rows_count = rows.len / 8;
-        failed = depths_in(self, args[0], args[1], args[2], &TableType, emit_row, &filler);
+        goal.held = held.buf, goal.rows = rows.buf, goal.seats = rows.len / 8;
+        goal.workers = held.shape[0], goal.columns = held.shape[1];
+        failed = raise_all(tables, count, &names, &alive, &goal);
     }
-    PyBuffer_Release(&rows);
-    PyBuffer_Release(&held);
+done:
+    if (rows.obj != NULL)
+        PyBuffer_Release(&rows);
+    if (held.obj != NULL)
+        PyBuffer_Release(&held);
+    Py_XDECREF(alive.bytes);
+    numbers_close(&names);
     return failed ? NULL : Py_NewRef(Py_None);
 }
+
 /* The type --------------------------------------------------------------------- */
 
 PyDoc_STRVAR(add_doc,
@@ -350,7 +330,6 @@ static PyMethodDef Table_methods[] = {
     {"discard", FAST(Table_discard), discard_doc},
     {"kept", FAST(Table_kept), kept_doc},
     {"find", FAST(Table_find), find_doc},
-    {"depths", FAST(Table_depths), depths_doc},
     {"raise_to", FAST(Table_raise_to), raise_to_doc},
     {"trim", (PyCFunction)Table_trim, METH_O, trim_doc},
     {"state", (PyCFunction)Table_state, METH_NOARGS, state_doc},
