@@ -161,13 +161,8 @@ async def measure(options):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--connector", default="LlmdConnector")
-    parser.add_argument("--staging-gb", type=float, default=4.0)
-    parser.add_argument("--unchecked", action="store_true")
-    parser.add_argument("--json", metavar="PATH")
-    options = parser.parse_args()
+def set_environment():
+    """Say what both engines need to start here, unless it is said already."""
     for name, value in (
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"),
         ("VLLM_NO_USAGE_STATS", "1"),
@@ -176,6 +171,16 @@ def main():
         ("LLMD_KV_KEY", "one machine, one run, no secret at all"),
     ):
         os.environ.setdefault(name, value)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--connector", default="LlmdConnector")
+    parser.add_argument("--staging-gb", type=float, default=4.0)
+    parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--json", metavar="PATH")
+    options = parser.parse_args()
+    set_environment()
     rows = asyncio.run(measure(options))
     result = {"connector": options.connector, "rows": rows}
     if options.json:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import time
@@ -116,13 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
-    for name, value in (
-        ("VLLM_USE_FLASHINFER_SAMPLER", "0"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-        ("HF_HUB_OFFLINE", "1"),
-        ("LLMD_KV_KEY", "one machine, one run, no secret at all"),
-    ):
-        os.environ.setdefault(name, value)
+    handoff.set_environment()
     rows = []
     for layerwise in (False, True):
         rows += asyncio.run(measure(layerwise))
