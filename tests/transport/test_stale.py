@@ -5,8 +5,18 @@ import numpy as np
 import pytest
 
 from llmd.errors import TransferError
-from llmd.transport import Endpoint, Fetch, Frame, Kind, Layout, TransferId
+from llmd.transport import (
+    Endpoint,
+    Fetch,
+    Frame,
+    Kind,
+    Layout,
+    Offer,
+    Settings,
+    TransferId,
+)
 from llmd.transport.local import held, multilinear
+from llmd.transport.outbox import Send, Write
 
 KEY = b"k" * 32
 LAYOUT = Layout(model="m", dtype="u8", layers=2, block_tokens=1, block_bytes=8)
@@ -86,3 +96,62 @@ def test_a_frame_for_another_receiver_is_refused():
     sent = Frame(Kind.BYE).seal(KEY, "s", "t")
     with pytest.raises(TransferError):
         Frame.unseal(sent, KEY, "s", "u")
+
+
+class Source:
+    """Offers blocks 0 and 1 to "t", in a piece a layer, and hears it ask."""
+
+    def __init__(self):
+        settings = Settings(piece_bytes=16, silence_s=1.0)
+        self.end = Endpoint("s", KEY, LAYOUT, 8, settings=settings)
+        self.end.meet("t", 0.0)
+        self.end.offer(Offer(id=ID, blocks=[0, 1]), 0.0)
+        self.hear(Frame(Kind.ASK, "r", 1, values=np.array([4, 5]), text=b"9000"))
+        self.writes = [e for e in self.end.outbox.effects if isinstance(e, Write)]
+        self.said()
+
+    def hear(self, frame, now=0.0):
+        self.end.heard("t", frame.seal(KEY, "t", "s"), now)
+
+    def said(self):
+        """What it says since this was asked last, but for greetings."""
+        effects = list(self.end.outbox.effects)
+        self.end.outbox.effects.clear()
+        frames = [effect.frame.kind for effect in effects if isinstance(effect, Send)]
+        return [kind for kind in frames if kind not in (Kind.HELLO, Kind.BEAT)]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_target_hears_that_it_may_reuse_its_blocks_when_no_write_can_land(asks):
+    source = Source()
+    assert len(source.writes) == 2
+    source.end.tick(2.0)  # it hangs; what is on the way to it lands when it wakes
+    assert [type(r).__name__ for r in source.end.outbox.reports] == [
+        "TransferEnded",
+        "BlocksFreed",
+    ]
+    assert source.end.sources.writing_to() == {"t"}
+    if asks:
+        source.hear(Frame(Kind.ABORT, "r", 1, text=b"the deadline passed"), 2.1)
+    first, second = source.writes
+    source.end.wrote(first.token, None, 2.2)
+    assert source.said() == []
+    source.end.goodbye()
+    assert source.said() == []
+    source.end.wrote(second.token, None, 2.3)
+    assert source.said() == [Kind.FAIL]
+    assert held(source.end)["writes"] == 0
+    source.end.goodbye()
+    assert source.said() == [Kind.BYE]
+
+
+def test_a_peer_that_hangs_long_is_asked_to_let_go_now_and_then(target):
+    """It may be killed yet, which nothing but a frame to it can find out."""
+    sent = []
+    for second in range(600):
+        target.tick(float(second))
+        sent += [(second, e) for e in target.outbox.effects if isinstance(e, Send)]
+        target.outbox.effects.clear()
+    aborts = [second for second, e in sent if e.frame.kind is Kind.ABORT]
+    assert 30 < len(aborts) < 60
+    assert max(aborts) > 530

@@ -10,7 +10,7 @@ are `llmd.transport.LocalTransport` and `llmd.adapters.nixl.NixlTransport`.
       | -- ACK or NACK ---------> |     a damaged block is written again
       |                           |
       | -- ABORT ---------------> |     deadline, cancel
-      | <------------- FAIL ----- |     no write is in flight: reuse the blocks
+      | <------------- FAIL ----- |     no write can land any more: reuse the blocks
 
 Every frame names request, generation, layer and attempt; what matches none of
 the four that are expected is stale and is dropped.
@@ -29,6 +29,8 @@ from .sources import Sources
 from .targets import Targets
 
 _HELLOS_TO_A_HUNG_PEER = 30
+_LONG_HUNG_S = 60.0
+"""Between frames to a peer that those did not wake: they queue up at it."""
 
 
 @attrs.define(eq=False)
@@ -156,7 +158,7 @@ class Endpoint:
         known = self.peers.pop(peer, None)
         if known is not None:
             self.outbox.counts["peers_lost"] += 1
-        self.sources.lost(peer, reason, now, cut=True)
+        self.sources.lost(peer, reason, now)
         self.targets.lost(peer, reason, now, cut=True)
 
     def tick(self, now: float) -> None:
@@ -175,11 +177,16 @@ class Endpoint:
         self.sources.pump()
 
     def close(self, now: float) -> None:
-        """Give up everything; say goodbye once nothing is in flight."""
+        """Give up everything; `goodbye` once nothing is in flight."""
         for outgoing in list(self.sources.offers.values()):
             self.sources.fail(outgoing, "the source closes", now)
         for incoming in list(self.targets.fetches.values()):
             self.targets.fail(incoming, "the target closes", now)
+
+    def goodbye(self) -> None:
+        """Tell every peer that no write from here can reach it any more."""
+        for peer in self.peers.keys() - self.sources.writing_to():
+            self.outbox.send(peer, Frame(Kind.BYE))
 
     def _act(self, sender: PeerId, peer: Peer, frame: Frame, now: float) -> None:
         match frame.kind:
@@ -202,8 +209,10 @@ class Endpoint:
         """Keep a peer that something is open with informed, and doubt it."""
         if peer.hung:
             # It may wake up with our blocks still in its hands: ask it to let go.
-            due = now - peer.sent_at >= self.settings.silence_s
-            if due and peer.hellos < _HELLOS_TO_A_HUNG_PEER:
+            # Or it dies at last, which only a frame to it can find out.
+            often = peer.hellos < _HELLOS_TO_A_HUNG_PEER
+            wait_s = self.settings.silence_s if often else _LONG_HUNG_S
+            if now - peer.sent_at >= wait_s:
                 peer.hellos, peer.sent_at = peer.hellos + 1, now
                 self._greet(id)
                 self.targets.stop_again(id, now)
@@ -218,12 +227,9 @@ class Endpoint:
 
     def _give_up(self, id: PeerId, reason: str, now: float) -> None:
         self.outbox.counts["peers_hung"] += 1
-        self.sources.lost(id, reason, now, cut=False)
         self.targets.lost(id, reason, now, cut=False)
-        if any(out.peer == id for out in self.sources.flying.values()):
-            # What is in flight to a hung peer would never end.
-            self.outbox.effects.append(Drop(id))
-            self.sources.lost(id, reason, now, cut=True)
+        # What is in flight to a hung peer may never end, or when it wakes.
+        self.sources.lost(id, reason, now)
 
     def _with(self, peer: PeerId) -> bool:
         """Say whether anything is open with *peer*."""

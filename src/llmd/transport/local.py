@@ -256,7 +256,7 @@ def held(endpoint: Endpoint) -> Mapping[str, int]:
         **endpoint.outbox.counts,
         "offers": len(sources.offers),
         "fetches": len(targets.fetches),
-        "writes": len(sources.flying),
+        "writes": len(sources.flying) + len(sources.loose),
         "quarantined_blocks": len(targets.taken),
         "peers": len(endpoint.peers),
     }

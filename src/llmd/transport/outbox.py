@@ -34,7 +34,8 @@ class Write:
     The blocks are the same in each of *layers* layers from *layer*.
 
     Report the end of it to `Endpoint.wrote` under *token*, success or not, and
-    not before the last byte has moved.
+    not before the last byte has moved, however long that takes: the peer's
+    blocks are free from then on.
     """
 
     token: int
@@ -56,7 +57,7 @@ class Meet:
 
 @attrs.frozen
 class Drop:
-    """Cut *peer* off, also what is in flight to it."""
+    """Forget *peer*, which has closed."""
 
     peer: PeerId
 

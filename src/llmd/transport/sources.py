@@ -12,9 +12,28 @@ from .outbox import Outbox, Settings, Sums
 from .outgoing import Outgoing
 
 
+@attrs.define
+class Loose:
+    """A failed offer whose peer must not be told so yet."""
+
+    peer: PeerId
+    reason: str
+    tokens: set[int]
+
+
 @attrs.define(eq=False)
 class Sources:
-    """All offers of an endpoint."""
+    """All offers of an endpoint.
+
+    Writes to a peer that hangs are loose: the blocks they read are free, which
+    costs nobody anything but bytes that are thrown away.  The blocks they write
+    are not, so the peer hears FAIL only when the driver has seen the end of all.
+
+    Attributes:
+        offers: Those not over.
+        flying: Offers with a write that has not ended, by its token.
+        loose: Offers that are over here, with writes that may still land.
+    """
 
     layers: int
     piece_blocks: int
@@ -23,6 +42,7 @@ class Sources:
     outbox: Outbox
     offers: dict[TransferId, Outgoing] = attrs.field(factory=dict)
     flying: dict[int, Outgoing] = attrs.field(factory=dict)
+    loose: dict[TransferId, Loose] = attrs.field(factory=dict)
     _early: dict[TransferId, tuple[PeerId, Frame, float]] = attrs.field(factory=dict)
     _aborted: dict[TransferId, None] = attrs.field(factory=dict)
     _tokens: count[int] = attrs.field(factory=count)
@@ -109,6 +129,7 @@ class Sources:
         """Take in the end of a write."""
         outgoing = self.flying.pop(token, None)
         if outgoing is None:
+            self._landed(token)
             return
         del outgoing.flying[token]
         if error is None:
@@ -116,14 +137,21 @@ class Sources:
         else:
             self.fail(outgoing, error, now)
 
-    def lost(self, peer: PeerId, reason: str, now: float, *, cut: bool) -> None:
-        """Give up what *peer* asked for; *cut*: nothing can be in flight."""
+    def lost(self, peer: PeerId, reason: str, now: float) -> None:
+        """Give up what *peer* asked for, and let go of what is in flight to it."""
         for outgoing in [out for out in self.offers.values() if out.peer == peer]:
-            if cut:
-                for token in outgoing.flying:
+            if outgoing.flying:
+                tokens = set(outgoing.flying)
+                self.loose[outgoing.offer.id] = Loose(peer, reason, tokens)
+                for token in tokens:
                     del self.flying[token]
                 outgoing.flying.clear()
             self.fail(outgoing, reason, now)
+
+    def writing_to(self) -> set[PeerId]:
+        """Return the peers that a write may still reach."""
+        peers = {loose.peer for loose in self.loose.values()}
+        return peers | {out.peer for out in self.flying.values() if out.peer}
 
     def tick(self, now: float) -> None:
         """Give up what has taken too long."""
@@ -181,5 +209,19 @@ class Sources:
         if len(self._aborted) > self.settings.early_asks:
             del self._aborted[next(iter(self._aborted))]
 
+    def _landed(self, token: int) -> None:
+        """Take in the end of a write that was let go of."""
+        for id, loose in self.loose.items():
+            if token in loose.tokens:
+                loose.tokens.discard(token)
+                if not loose.tokens:
+                    del self.loose[id]
+                    self._refuse(loose.peer, id, loose.reason)
+                return
+
     def _refuse(self, peer: PeerId, id: TransferId, reason: str) -> None:
+        """Say that no write of *id* can land at *peer*, if that is so."""
+        loose = self.loose.get(id)
+        if loose is not None and loose.peer == peer:
+            return  # `_landed` will say so
         self.outbox.send(peer, about(Kind.FAIL, id, reason))

@@ -57,7 +57,8 @@ class Carrier:
     _known: dict[PeerId, Address] = attrs.field(factory=dict, init=False)
     _reached: dict[PeerId, _Reached] = attrs.field(factory=dict, init=False)
     _flying: dict[int, tuple[PeerId, Any]] = attrs.field(factory=dict, init=False)
-    _abandoned: list[Any] = attrs.field(factory=list, init=False)
+    _kept: list[Any] = attrs.field(factory=list, init=False)
+    """Handles that ended badly; data may land after a release, so none is."""
 
     def __attrs_post_init__(self) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
@@ -131,9 +132,9 @@ class Carrier:
             case Send(peer=peer, frame=frame):
                 data = frame.seal(self.endpoint.key, self.endpoint.id, peer)
                 self._to(peer, lambda: self._agent.send_notif(peer, data))
-            case Write(peer=peer):
+            case Write(peer=peer, token=token):
                 if not self._to(peer, lambda: self._write(effect)):
-                    self.endpoint.wrote(effect.token, "the peer died", time.monotonic())
+                    self.endpoint.wrote(token, "the peer died", time.monotonic())
             case Meet(peer=peer, address=signed):
                 self._meet(peer, signed)
             case Drop(peer=peer):
@@ -160,12 +161,14 @@ class Carrier:
         try:
             act()
         except Exception as error:
-            self._drop(peer)
-            self._known.pop(peer, None)
-            reason = f"the peer is gone: {type(error).__name__}"
-            self.endpoint.died(peer, reason, now)
+            self._lose(peer, error, now)
             return False
         return True
+
+    def _lose(self, peer: PeerId, error: Exception, now: float) -> None:
+        """Take in that NIXL cannot reach *peer* any more."""
+        self.endpoint.died(peer, f"the peer is gone: {type(error).__name__}", now)
+        self._drop(peer)
 
     def _write(self, write: Write) -> None:
         blocks = self.slab.blocks
@@ -182,12 +185,7 @@ class Carrier:
             write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer),
         )
         self._flying[write.token] = (write.peer, handle)
-        try:
-            self._agent.transfer(handle)
-        except Exception:
-            del self._flying[write.token]
-            self._abandoned.append(handle)
-            raise
+        self._agent.transfer(handle)
         # What UCX copies at once, it notifies the peer of when it is looked at again.
         for _ in range(_LOOKS_AT_A_WRITE):
             if self._check(write.token, time.monotonic()):
@@ -202,11 +200,7 @@ class Carrier:
             if self._agent.check_xfer_state(handle) == "PROC":
                 return False
         except Exception as error:
-            del self._flying[token]
-            self._abandoned.append(handle)
-            self._drop(peer)
-            self._known.pop(peer, None)
-            self.endpoint.died(peer, f"the peer is gone: {type(error).__name__}", now)
+            self._lose(peer, error, now)
             return True
         del self._flying[token]
         self._agent.release_xfer_handle(handle)
@@ -215,20 +209,16 @@ class Carrier:
         return True
 
     def _drop(self, peer: PeerId) -> None:
-        """Cut a peer off.
-
-        A write in flight cannot be called back, so its handle is kept as long
-        as the agent rather than released under it.
-        """
-        for token in [t for t, (to, _) in self._flying.items() if to == peer]:
-            self._abandoned.append(self._flying.pop(token)[1])
-        if peer not in self.endpoint.peers:
-            self._known.pop(peer, None)
+        """Forget a peer that is gone, and with it what is in flight to it."""
+        self._known.pop(peer, None)
         if self._reached.pop(peer, None) is not None:
             try:
                 self._agent.remove_remote_agent(peer)
             except Exception as error:
                 _log.info("NIXL will not forget %s: %s", peer, error)
+        for token in [t for t, (to, _) in self._flying.items() if to == peer]:
+            self._kept.append(self._flying.pop(token)[1])
+            self.endpoint.wrote(token, "the peer is gone", time.monotonic())
 
     def _prepare(
         self,

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 from ...errors import TransferError
 from ...transport.endpoint import Endpoint
-from ...transport.frames import Frame, Kind
 from ...transport.handshake import Address
 from ...transport.interface import (
     Fetch,
@@ -240,7 +239,7 @@ class NixlTransport(KVTransport):
 
     def _nap(self) -> None:
         counts = held(self._endpoint)
-        busy = counts["offers"] or counts["fetches"] or counts["writes"]
+        busy = counts["offers"] or counts["fetches"]  # loose writes can wait
         if self._called.wait(_BUSY_NAP_S if busy else _IDLE_NAP_S):
             self._called.clear()
 
@@ -259,8 +258,7 @@ class NixlTransport(KVTransport):
             if not counts["writes"] and not counts["fetches"]:
                 break
             time.sleep(_BUSY_NAP_S)
-        for peer in list(self._endpoint.peers):
-            self._endpoint.outbox.send(peer, Frame(Kind.BYE))
+        self._endpoint.goodbye()
         self._carrier.carry()
         for _ in range(_GOODBYE_STEPS):  # UCX sends only when it is looked at
             self._carrier.step(time.monotonic())
