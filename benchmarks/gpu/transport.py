@@ -98,33 +98,39 @@ class End:
         return same
 
 
+def stage(end):
+    """Return what gathers, scatters and checksums, after a look at whether it does."""
+    import numpy
+
+    from llmd.adapters.nixl.kernels import Stage, checksum
+
+    torch = end.torch
+    addresses = [layer.data_ptr() for layer in end.pool]
+    bases = torch.tensor(addresses, dtype=torch.int64, device=DEVICE)
+    words = end.stage.view(torch.int64)
+    made = Stage(bases, BLOCK_BYTES // 8, words)
+    made.move(end.index, 0, slice(None), gather=True)
+    end.sync()
+    slots = numpy.array([3, 0, PER_LAYER - 1])
+    picked = words[2:4][:, torch.from_numpy(slots).to(DEVICE)]
+    wanted = checksum(picked.flatten(0, 1)).cpu().numpy().view("uint64")
+    assert (made.gathered(2, 4, slots) == wanted).all(), "wrong checksums"
+    assert (made.sums(2, 4, slots) == wanted).all(), "wrong checksums"
+    return made
+
+
 def kernels(end):
     """Return gather(layers) and scatter(layers), one kernel over those layers."""
     if DEVICE != "cuda":
         return torch_moves(end)
-    from llmd.adapters.nixl.kernels import move
-
-    torch = end.torch
-    words = BLOCK_BYTES // 8
-    bases = torch.tensor(
-        [layer.data_ptr() for layer in end.pool], dtype=torch.int64, device=DEVICE
-    )
-    staged = end.stage.view(torch.int64)
-
-    def run(first, last, gather):
-        move(
-            bases[first:last],
-            end.index,
-            staged[first:last],
-            0,
-            block_words=words,
-            stride_words=words,
-            gather=gather,
-        )
-
+    made = stage(end)
     return (
-        lambda first=0, last=LAYERS: run(first, last, True),
-        lambda first=0, last=LAYERS: run(first, last, False),
+        lambda first=0, last=LAYERS: made.move(
+            end.index, 0, slice(first, last), gather=True
+        ),
+        lambda first=0, last=LAYERS: made.move(
+            end.index, 0, slice(first, last), gather=False
+        ),
     )
 
 
@@ -319,12 +325,30 @@ def runs(end, run, threads):
             end.result(ended - begun, same)
 
 
-def llmd(end, checksums, piece_bytes):
-    """The transport of llmd itself, layer by layer, staged on both sides."""
-    from llmd.adapters.nixl import NixlTransport, Slab
-    from llmd.transport import Fetch, Layout, Offer, Settings, TransferEnded, TransferId
+def staging(end):
+    """Return gather(), scatter() and the checksums of what is there and was sent."""
+    if DEVICE != "cuda":
+        from llmd.adapters.nixl.slab import xxh3
 
-    gather, scatter = kernels(end)
+        def sums(first, last, slots):
+            return xxh3(end.stage[first:last].numpy(), slots)
+
+        return *torch_moves(end), sums, None
+    made = stage(end)
+    return (
+        lambda: made.move(end.index, 0, slice(None), gather=True),
+        lambda: made.move(end.index, 0, slice(None), gather=False),
+        made.sums,
+        made.gathered,
+    )
+
+
+def llmd(end, checksums, piece_bytes):
+    """The transport of llmd itself, staged on both sides as the connector does."""
+    from llmd.adapters.nixl import NixlTransport, Slab
+    from llmd.transport import Layout, Settings
+
+    gather, scatter, sums, gathered = staging(end)
     layout = Layout(
         model="none",
         dtype="u8",
@@ -332,27 +356,14 @@ def llmd(end, checksums, piece_bytes):
         block_tokens=1,
         block_bytes=BLOCK_BYTES,
     )
-    words = end.stage.view(end.torch.int64)
-    side = end.torch.cuda.Stream() if DEVICE == "cuda" else None
-
-    def sums(first, last, slots):
-        if side is None:
-            from llmd.adapters.nixl.slab import xxh3
-
-            return xxh3(end.stage[first:last].numpy(), slots)
-        from llmd.adapters.nixl.kernels import sum_of
-
-        with end.torch.cuda.stream(side):
-            index = end.torch.from_numpy(slots).to(DEVICE)
-            return sum_of(words[first:last], index).cpu().numpy().view("uint64").ravel()
-
     slab = Slab(
         layout=layout,
         blocks=PER_LAYER,
         bases=tuple([layer.data_ptr() for layer in end.stage]),
         memory=MEMORY,
         sums=sums,
-        enter=lambda: side is None or end.torch.cuda.set_device(0),
+        gathered=gathered,
+        enter=lambda: DEVICE != "cuda" or end.torch.cuda.set_device(0),
         owner=end.stage,
     )
     woken = threading.Event()
@@ -363,51 +374,57 @@ def llmd(end, checksums, piece_bytes):
         settings=Settings(piece_bytes=piece_bytes, writes_in_flight=8),
         wake=woken.set,
     )
-    slots = list(range(PER_LAYER))
     with mine:
         if end.role == "source":
-            end.tell(mine.address())
+            give(end, mine, gather)
         else:
-            (address,) = end.hear()
-            peer = mine.connect(address)
-        for i in range(ROUNDS + WARM_UP):
-            id = TransferId(f"r{i}", 1000 + i)
-            if end.role == "source":
-                end.hear()
-                time.sleep(2e-3)
-                mine.offer(Offer(id=id, blocks=slots, ready=False))
-                begun = time.monotonic()
-                events = []
-                for layer in range(0, LAYERS, 4):
-                    gather(layer, layer + 4)
-                    events.append(end.mark())
-                for layer in range(LAYERS):
-                    events[layer // 4]()
-                    mine.ready(id, layer)
-                end.tell(begun)
-            else:
-                mine.fetch(Fetch(id=id, peer=peer, blocks=slots, early=True))
-                end.tell("ready")
-                ended = None
-                until = time.monotonic() + LIMIT_S
-                while ended is None and time.monotonic() < until:
-                    woken.wait(0.5)
-                    woken.clear()
-                    for report in mine.poll():
-                        if isinstance(report, TransferEnded) and report.id == id:
-                            ended = report
-                if ended is None or ended.error:
-                    raise RuntimeError(f"{ended} {dict(mine.counts)}")
-                scatter()
-                end.sync()
-                at = time.monotonic()
-                (begun,) = end.hear()
-                end.result(at - begun, end.right())
-        if end.role == "source":
-            end.note = str(mine.path)
-            end.hear()
-        else:
-            end.tell("end")
+            get(end, mine, scatter, woken)
+
+
+def give(end, mine, gather):
+    """Gather and offer, once a round."""
+    from llmd.transport import Offer, TransferId
+
+    end.tell(mine.address())
+    for i in range(ROUNDS + WARM_UP):
+        end.hear()
+        time.sleep(2e-3)
+        begun = time.monotonic()
+        gather()
+        end.mark()()
+        mine.offer(Offer(id=TransferId(f"r{i}", 1000 + i), blocks=range(PER_LAYER)))
+        end.tell(begun)
+        mine.poll()
+    end.hear()
+    end.note = str(mine.path)
+
+
+def get(end, mine, scatter, woken):
+    """Fetch and scatter, once a round."""
+    from llmd.transport import Fetch, TransferEnded, TransferId
+
+    (address,) = end.hear()
+    peer, slots = mine.connect(address), range(PER_LAYER)
+    for i in range(ROUNDS + WARM_UP):
+        id = TransferId(f"r{i}", 1000 + i)
+        mine.fetch(Fetch(id=id, peer=peer, blocks=slots, early=True))
+        end.tell("ready")
+        ended, until = None, time.monotonic() + LIMIT_S
+        while ended is None and time.monotonic() < until:
+            woken.wait(0.5)
+            woken.clear()
+            for report in mine.poll():
+                if isinstance(report, TransferEnded) and report.id == id:
+                    ended = report
+        if ended is None or ended.error:
+            raise RuntimeError(f"{ended} {dict(mine.counts)}")
+        scatter()
+        end.sync()
+        at = time.monotonic()
+        (begun,) = end.hear()
+        end.result(at - begun, end.right())
+    time.sleep(0.5)  # until UCX's log tells the way
+    end.tell("end")
 
 
 VARIANTS = {
@@ -415,6 +432,7 @@ VARIANTS = {
     "llmd, unchecked": lambda end: llmd(end, False, 1 << 26),
     "llmd, checked, 16 MiB pieces": lambda end: llmd(end, True, 1 << 24),
     "llmd, checked, 128 MiB pieces": lambda end: llmd(end, True, 1 << 27),
+    "llmd, checked, 256 MiB pieces": lambda end: llmd(end, True, 1 << 28),
     "llmd, unchecked, 256 MiB pieces": lambda end: llmd(end, False, 1 << 28),
     "staged, kernel, 1 piece": lambda end: staged(end, kernels, 1),
     "staged, kernel, 4 pieces": lambda end: staged(end, kernels, 4),

@@ -66,7 +66,7 @@ class Network(RuleBasedStateMachine):
         """Carry out what the ends want, and look at what they report."""
         for name, end in self.ends.items():
             other = "B" if name == "A" else "A"
-            while end.outbox.effects:
+            while end.pump() or end.outbox.effects:
                 match end.outbox.effects.popleft():
                     case Send(peer=peer, frame=frame):
                         assert peer == other

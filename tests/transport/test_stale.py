@@ -107,6 +107,8 @@ class Source:
         self.end.meet("t", 0.0)
         self.end.offer(Offer(id=ID, blocks=[0, 1]), 0.0)
         self.hear(Frame(Kind.ASK, "r", 1, values=np.array([4, 5]), text=b"9000"))
+        while self.end.pump():
+            pass
         self.writes = [e for e in self.end.outbox.effects if isinstance(e, Write)]
         self.said()
 

@@ -1,8 +1,9 @@
 """The protocol of a transport, with no input, output or clock of its own.
 
 A driver carries bytes: it tells an `Endpoint` what was asked for, what arrived
-and what time it is, and carries out the effects that come back.  The drivers
-are `llmd.transport.LocalTransport` and `llmd.adapters.nixl.NixlTransport`.
+and what time it is, carries out the effects that come back, and has it `pump`
+for more.  The drivers are `llmd.transport.LocalTransport` and
+`llmd.adapters.nixl.NixlTransport`.
 
     target                     source
       | -- HELLO, ASK ----------> |     blocks of the target
@@ -62,6 +63,8 @@ class Endpoint:
         layout: Of the slab.
         blocks: In each layer of it.
         sums: Checksums blocks of the slab; None trusts the carrier.
+        gathered: The same for blocks that are offered, where somebody knows it
+            already; None asks *sums*.
         settings: How transfers are cut, watched and retried.
         address: What peers need to reach this one, signed.
         outbox: Effects and reports for the driver to take away.
@@ -75,6 +78,7 @@ class Endpoint:
     sums: Sums | None = None
     settings: Settings = attrs.field(factory=Settings)
     address: bytes = b""
+    gathered: Sums | None = None
     outbox: Outbox = attrs.field(factory=Outbox, init=False)
     peers: dict[PeerId, Peer] = attrs.field(factory=dict, init=False)
     sources: Sources = attrs.field(init=False)
@@ -83,7 +87,8 @@ class Endpoint:
     def __attrs_post_init__(self) -> None:
         layers, settings = self.layout.layers, self.settings
         piece_blocks = max(1, settings.piece_bytes // self.layout.block_bytes)
-        self.sources = Sources(layers, piece_blocks, self.sums, settings, self.outbox)
+        sent = self.gathered or self.sums
+        self.sources = Sources(layers, piece_blocks, sent, settings, self.outbox)
         self.targets = Targets(layers, self.sums, settings, self.outbox)
 
     def meet(self, peer: PeerId, now: float) -> None:
@@ -99,12 +104,10 @@ class Endpoint:
         if offer.id in self.sources.offers:
             raise TransferError(f"{offer.id} is offered already")
         self.sources.offer(offer, now)
-        self.sources.pump()
 
     def ready(self, id: TransferId, layer: int) -> None:
         """Let a layer of an offer go."""
         self.sources.ready(id, layer)
-        self.sources.pump()
 
     def fetch(self, fetch: Fetch, now: float) -> None:
         """Begin a fetch; see `KVTransport.fetch`."""
@@ -146,12 +149,10 @@ class Endpoint:
             self.outbox.effects.append(Meet(sender, frame.text))
         peer.heard_at, peer.hung, peer.hellos = now, False, 0
         self._act(sender, peer, frame, now)
-        self.sources.pump()
 
     def wrote(self, token: int, error: str | None, now: float) -> None:
         """Take in the end of a write."""
         self.sources.wrote(token, error, now)
-        self.sources.pump()
 
     def died(self, peer: PeerId, reason: str, now: float) -> None:
         """Give up all with a peer that can write no more, and forget it."""
@@ -174,7 +175,6 @@ class Endpoint:
                 # Who is dead cannot be sent to, which the driver tells `died`.
                 peer.sent_at = now
                 self.outbox.send(id, Frame(Kind.BEAT))
-        self.sources.pump()
 
     def close(self, now: float) -> None:
         """Give up everything; `goodbye` once nothing is in flight."""
@@ -182,6 +182,18 @@ class Endpoint:
             self.sources.fail(outgoing, "the source closes", now)
         for incoming in list(self.targets.fetches.values()):
             self.targets.fail(incoming, "the target closes", now)
+
+    def pump(self) -> bool:
+        """Put one write in flight if there is something to write and room.
+
+        A driver calls it when it has told all that there is to tell, and again
+        when it has carried out what came of that: layers that are ready at the
+        same time go in one write, and are checksummed while the last one flies.
+
+        Returns:
+            Whether it did.
+        """
+        return self.sources.pump()
 
     def goodbye(self) -> None:
         """Tell every peer that no write from here can reach it any more."""

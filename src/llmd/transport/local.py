@@ -192,8 +192,9 @@ class LocalTransport(KVTransport):
 
     def _carry(self) -> None:
         effects = self._endpoint.outbox.effects
-        while effects:
-            self._do(effects.popleft())
+        while self._endpoint.pump() or effects:
+            while effects:
+                self._do(effects.popleft())
 
     def _do(self, effect: Effect) -> None:
         link, mine = self._link, self._endpoint

@@ -163,8 +163,8 @@ class Sources:
                 del self._early[id]
                 self._refuse(peer, id, "not offered in time")
 
-    def pump(self) -> None:
-        """Put pieces in flight while there is room, one of each offer in turn."""
+    def pump(self) -> bool:
+        """Put a piece in flight if there is room, one of each offer in turn."""
         eager = self._eager
         while eager and len(self.flying) < self.settings.writes_in_flight:
             id = next(iter(eager))
@@ -177,6 +177,8 @@ class Sources:
             self.outbox.effects.append(outgoing.write(token, piece, self.sums))
             if outgoing.eager:
                 eager[id] = outgoing  # behind the others
+            return True
+        return False
 
     def _settle(self, outgoing: Outgoing, now: float) -> None:
         """Free an offer that is over."""

@@ -115,10 +115,11 @@ class Carrier:
         return moved
 
     def carry(self) -> None:
-        """Carry out all effects."""
+        """Carry out all effects, and what can be written now."""
         effects = self.endpoint.outbox.effects
-        while effects:
-            self._do(effects.popleft())
+        while self.endpoint.pump() or effects:
+            while effects:
+                self._do(effects.popleft())
 
     def close(self) -> None:
         """Let go of everything; what is in flight to a hung peer is left to it."""

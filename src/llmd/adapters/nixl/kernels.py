@@ -3,24 +3,22 @@
 One kernel over all layers: 28 launches of `index_select` cost more than the
 copy they make, and `index_copy_` reaches a quarter of the bandwidth.  Blocks
 are moved as 64-bit words, whatever is in them.
-
-    sum of word[i] * (i * K | 1)  modulo 2**64
-
-is the checksum of a block, taken while it is moved.  It sees every damaged
-word and every swap; it is no defence against forgery, which the seal of the
-frames that carry it is.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from ...transport.frames import Words
+from ...transport.outbox import Blocks
+
 _WORDS = 2048
-"""Of a block that one program moves: 16 KiB."""
+"""Of a block that one program takes at once: 16 KiB."""
 # Golden ratio times 2**63, odd: consecutive multiples share no low-order pattern.
 _MIX = 0x1E3779B97F4A7C15
 
@@ -31,105 +29,134 @@ def _move(
     index,
     staged,
     sums,
-    blocks,
     words,
     stride,
     slot_stride,
+    slots,
     first_slot,
     gather: tl.constexpr,
-    summed: tl.constexpr,
     size: tl.constexpr,
 ):
-    part = tl.program_id(0)
-    block = tl.program_id(1)
-    layer = tl.program_id(2)
-    at = part * size + tl.arange(0, size)
-    inside = at < words
+    block = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
     base = tl.load(bases + layer).to(tl.pointer_type(tl.int64))
-    cached = base + tl.load(index + block) * stride + at
-    slot = staged + layer * slot_stride + (first_slot + block).to(tl.int64) * words + at
+    cached = base + tl.load(index + block) * stride
+    slot = staged + layer * slot_stride + (first_slot + block).to(tl.int64) * words
+    total = tl.zeros([size], dtype=tl.int64)
+    for start in range(0, words, size):
+        at = start + tl.arange(0, size)
+        inside = at < words
+        if gather:
+            values = tl.load(cached + at, mask=inside, other=0)
+            tl.store(slot + at, values, mask=inside)
+            total += values * ((at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1)
+        else:
+            values = tl.load(slot + at, mask=inside, other=0)
+            tl.store(cached + at, values, mask=inside)
     if gather:
-        values = tl.load(cached, mask=inside, other=0)
-        tl.store(slot, values, mask=inside)
-    else:
-        values = tl.load(slot, mask=inside, other=0)
-        tl.store(cached, values, mask=inside)
-    if summed:
-        weights = (at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1
-        total = tl.sum(values * weights, axis=0)
-        tl.atomic_add(sums + layer * blocks + block, total)
+        tl.store(sums + layer * slots + first_slot + block, tl.sum(total, axis=0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum(slab, index, sums, blocks, words, slot_stride, size: tl.constexpr):
-    part = tl.program_id(0)
-    block = tl.program_id(1)
-    layer = tl.program_id(2).to(tl.int64)
-    at = part * size + tl.arange(0, size)
+    block = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
     row = slab + layer * slot_stride + tl.load(index + block) * words
-    values = tl.load(row + at, mask=at < words, other=0)
-    weights = (at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1
-    tl.atomic_add(sums + layer * blocks + block, tl.sum(values * weights, axis=0))
+    total = tl.zeros([size], dtype=tl.int64)
+    for start in range(0, words, size):
+        at = start + tl.arange(0, size)
+        values = tl.load(row + at, mask=at < words, other=0)
+        total += values * ((at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1)
+    tl.store(sums + layer * blocks + block, tl.sum(total, axis=0))
 
 
-def move(
-    bases: Any,
-    index: Any,
-    staged: Any,
-    first_slot: int,
-    *,
-    block_words: int,
-    stride_words: int,
-    gather: bool,
-    sums: Any = None,
-) -> None:
-    """Move blocks between the caches of all layers and a run of slots.
+class Stage:
+    """Slots that blocks of caches pass through, with a checksum of each.
 
-    Args:
-        bases: Address of each layer's cache, int64 on the GPU, shape (layers,).
-        index: Blocks, int64 on the GPU, shape (n,).
-        staged: Slots, int64, contiguous, shape (layers, slots, block_words).
-        first_slot: Of the run.
-        block_words: 64-bit words of one block in one layer.
-        stride_words: From one block to the next in a cache.
-        gather: Out of the caches; otherwise into them.
-        sums: Takes checksums, int64, zeros, shape (layers, n); None for none.
+        sum of word[i] * (i * K | 1)  modulo 2**64
+
+    sees every damaged word and every swap; it is no defence against forgery,
+    which the seal of the frames that carry it is.
+
+    Kernels read and write which slots and the sums in host memory themselves:
+    copies would queue behind the writes of blocks.  What arrives is summed in a
+    stream of its own, as the engine's may be busy for a long time.
     """
-    layers, count = staged.shape[0], len(index)
-    grid = (triton.cdiv(block_words, _WORDS), count, layers)
-    _move[grid](
-        bases,
-        index,
-        staged,
-        staged if sums is None else sums,
-        count,
-        block_words,
-        stride_words,
-        staged.stride(0),
-        first_slot,
-        gather=gather,
-        summed=sums is not None,
-        size=_WORDS,
-    )
 
+    def __init__(self, bases: Any, stride_words: int, slots: Any) -> None:
+        """Take caches and slots.
 
-def sum_of(slab: Any, index: Any) -> Any:
-    """Return the checksums of blocks of layers of a slab, int64, (layers, n).
+        Args:
+            bases: Address of each layer's cache, int64 on the GPU, (layers,).
+            stride_words: From one block to the next in a cache, in 64-bit words.
+            slots: Int64, contiguous, (layers, slots, block_words).
+        """
+        layers, count, _ = slots.shape
+        self._bases, self._stride_words, self._slots = bases, stride_words, slots
+        self._stream = torch.cuda.Stream(slots.device)
+        pinned: Any = {"dtype": torch.int64, "pin_memory": True}
+        self._gathered = torch.zeros((layers, count), **pinned)
+        self._index = torch.empty(count, **pinned)
+        self._arrived = torch.empty(layers * count, **pinned)
 
-    Args:
-        slab: Int64 on the GPU, each layer contiguous, shape (layers, slots,
-            block_words).
-        index: Slots, int64 on the GPU, shape (n,).
-    """
-    layers, _, words = slab.shape
-    sums = torch.zeros((layers, len(index)), dtype=torch.int64, device=slab.device)
-    _sum[(triton.cdiv(words, _WORDS), len(index), layers)](
-        slab, index, sums, len(index), words, slab.stride(0), size=_WORDS
-    )
-    return sums
+    def move(self, index: Any, first_slot: int, layers: slice, *, gather: bool) -> None:
+        """Move blocks between the caches of some layers and a run of slots.
+
+        Args:
+            index: Blocks, int64 on the GPU, shape (n,).
+            first_slot: Of the run.
+            layers: Which.
+            gather: Out of the caches; otherwise into them.
+        """
+        slots = self._slots[layers]
+        _move[(len(index), len(slots))](
+            self._bases[layers],
+            index,
+            slots,
+            self._gathered[layers],
+            slots.shape[2],
+            self._stride_words,
+            slots.stride(0),
+            slots.shape[1],
+            first_slot,
+            gather=gather,
+            size=_WORDS,
+        )
+
+    def gathered(self, first: int, last: int, slots: Blocks) -> Words:
+        """Return the sums of *slots* as they were gathered, once they are.
+
+        Args:
+            first: Layer.
+            last: Layer, not included.
+            slots: Shape (n,).
+
+        Returns:
+            Layer by layer, shape ((last - first) * n,).
+        """
+        found = self._gathered.numpy()[first:last, slots]
+        return np.ascontiguousarray(found).view(np.uint64).ravel()
+
+    def sums(self, first: int, last: int, slots: Blocks) -> Words:
+        """Return the sums of *slots* as they are now; for one thread."""
+        count, layers = len(slots), self._slots[first:last]
+        self._index[:count].numpy()[:] = slots
+        with torch.cuda.device(layers.device), torch.cuda.stream(self._stream):
+            _sum[(count, last - first)](
+                layers,
+                self._index,
+                self._arrived,
+                count,
+                layers.shape[2],
+                layers.stride(0),
+                size=_WORDS,
+            )
+            self._stream.synchronize()
+        found = self._arrived[: count * (last - first)].numpy()
+        return np.array(found.view(np.uint64))
 
 
 def checksum(words: Any) -> Any:
-    """Return what `move` would sum of *words*, int64 (n, block_words), with torch."""
+    """Return what `Stage.sums` would of *words*, int64 (n, block_words), with torch."""
     at = torch.arange(words.shape[1], device=words.device, dtype=torch.int64)
     return (words * ((at * _MIX) | 1)).sum(dim=1)

@@ -27,6 +27,8 @@ class Slab:
         device: Which GPU, for VRAM.
         sums: Checksums of blocks of some layers; None if there is no way to read
             the memory from here.
+        gathered: The same for blocks that are sent, where it was found when they
+            were put there; None asks *sums* again.
         enter: Called once in the thread that carries blocks, before anything
             else; a GPU's context must be current there.
         owner: Kept alive as long as the slab.
@@ -44,6 +46,7 @@ class Slab:
     memory: str = "DRAM"
     device: int = 0
     sums: Sums | None = None
+    gathered: Sums | None = None
     enter: Callable[[], object] | None = None
     owner: Any = attrs.field(default=None, repr=False)
 

@@ -34,11 +34,12 @@ from .slab import Slab
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# On a GPU a piece costs 0.2 ms of protocol, in which 64 MiB are written; on a CPU
-# pieces that stay in the cache between checksum and copy are fastest.
+# On a GPU a piece costs 0.3 ms of protocol and checksum, in which 128 MiB are
+# written; on a CPU pieces that stay in the cache between checksum and copy are
+# fastest.
 _SETTINGS = {
     "DRAM": Settings(),
-    "VRAM": Settings(piece_bytes=1 << 26, writes_in_flight=8),
+    "VRAM": Settings(piece_bytes=1 << 27, writes_in_flight=8),
 }
 _SPIN_S = 2e-3
 _BUSY_NAP_S = 5e-5
@@ -98,6 +99,7 @@ class NixlTransport(KVTransport):
             slab.blocks,
             slab.sums if checksums else None,
             settings or _SETTINGS[slab.memory],
+            gathered=slab.gathered if checksums else None,
         )
         self._calls: deque[Callable[[], None]] = deque()
         self._called = threading.Event()

@@ -13,7 +13,7 @@ import torch
 
 from ...errors import TransferError
 from ...transport.frames import Words
-from ...transport.outbox import Blocks
+from ...transport.outbox import Blocks, Sums
 from ..nixl.slab import xxh3
 
 _log = logging.getLogger(__name__)
@@ -25,9 +25,14 @@ class Mover(abc.ABC):
 
     Attributes:
         order: How a block's values lie in a slot.
+        sums: Checksums slots of the layers from one to before another, as they
+            are now.
+        gathered: The same, as they were gathered; None where it is not known.
     """
 
     order: str
+    sums: Sums
+    gathered: Sums | None = None
 
     @abc.abstractmethod
     def gather(
@@ -38,10 +43,6 @@ class Mover(abc.ABC):
     @abc.abstractmethod
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy slots into blocks of the caches."""
-
-    @abc.abstractmethod
-    def sums(self, first: int, last: int, slots: Blocks) -> Words:
-        """Checksum slots of the layers from *first* to before *last*."""
 
 
 def mover(layers: Sequence[Any], slab: Any) -> Mover:
@@ -64,6 +65,7 @@ class TorchMover(Mover):
 
     def __init__(self, layers: Sequence[Any], slab: Any) -> None:
         self._layers, self._slab = layers, slab
+        self.sums = self._sums
         self.order = "x".join(map(str, layers[0].shape[1:]))
 
     def gather(
@@ -81,7 +83,7 @@ class TorchMover(Mover):
             values = staged[place].contiguous().view(layer.dtype)
             layer[index] = values.view(len(blocks), *layer.shape[1:])
 
-    def sums(self, first: int, last: int, slots: Blocks) -> Words:
+    def _sums(self, first: int, last: int, slots: Blocks) -> Words:
         return xxh3(self._slab[first:last].cpu().numpy(), slots)
 
     def _index(self, numbers: Sequence[int]) -> Any:
@@ -98,20 +100,20 @@ class KernelMover(Mover):
     """Moves all layers in one kernel for each run of slots, on a GPU."""
 
     def __init__(self, layers: Sequence[Any], slab: Any) -> None:
-        from ..nixl import kernels
+        from ..nixl.kernels import Stage
 
         first = layers[0]
-        self._kernels, self._layers = kernels, layers
-        self._slab = slab.view(torch.int64)
-        self._bases = torch.tensor(
+        self._layers, self._device = layers, slab.device
+        bases = torch.tensor(
             [layer.data_ptr() for layer in layers],
             dtype=torch.int64,
             device=slab.device,
         )
-        self._stride_words = first.stride(0) * first.element_size() // 8
+        stride_words = first.stride(0) * first.element_size() // 8
+        self._stage = Stage(bases, stride_words, slab.view(torch.int64))
+        self.gathered, self.sums = self._stage.gathered, self._stage.sums
         # Blocks are moved as they lie, so the strides are part of the order.
         self.order = f"{tuple(first.shape[1:])} by {first.stride()[1:]}"
-        self._side = torch.cuda.Stream(slab.device)
         self._indexed: tuple[Sequence[int] | None, Any] = (None, None)
 
     def gather(
@@ -122,19 +124,12 @@ class KernelMover(Mover):
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         self._move(blocks, slots, EVERY, gather=False)
 
-    def sums(self, first: int, last: int, slots: Blocks) -> Words:
-        # In a stream of its own: the engine's may be busy for a long time.
-        with torch.cuda.device(self._slab.device), torch.cuda.stream(self._side):
-            index = torch.from_numpy(slots).to(self._slab.device)
-            found = self._kernels.sum_of(self._slab[first:last], index).cpu()
-        return np.asarray(found.numpy().view(np.uint64).ravel())
-
     def _index(self, blocks: Sequence[int]) -> Any:
         # Layer after layer moves the same blocks, and each copy to the GPU would
         # have the engine wait for all that it launched.
         of, index = self._indexed
         if of is not blocks:
-            index = torch.tensor(blocks, dtype=torch.int64, device=self._slab.device)
+            index = torch.tensor(blocks, dtype=torch.int64, device=self._device)
             self._indexed = blocks, index
         return index
 
@@ -148,15 +143,7 @@ class KernelMover(Mover):
     ) -> None:
         index = self._index(blocks)
         for start, stop in runs(slots):
-            self._kernels.move(
-                self._bases[layers],
-                index[start:stop],
-                self._slab[layers],
-                slots[start],
-                block_words=self._slab.shape[2],
-                stride_words=self._stride_words,
-                gather=gather,
-            )
+            self._stage.move(index[start:stop], slots[start], layers, gather=gather)
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int]]:

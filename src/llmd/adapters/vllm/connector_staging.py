@@ -117,6 +117,7 @@ class Staging:
             memory="VRAM" if cuda else "DRAM",
             device=tensor.device.index or 0 if cuda else 0,
             sums=self._mover.sums,
+            gathered=self._mover.gathered,
             enter=(lambda: torch.cuda.set_device(tensor.device)) if cuda else None,
             owner=tensor,
         )
