@@ -67,18 +67,22 @@ class Line:
         self.balancer, self.line = balancer, WaitingRequests(balancer, lambda r: ("",))
         self.view.waiting = self.line
         self.rng, self.count = random.Random(0), 0
+        self.bookings: dict[str, Booking] = {}
         for _ in range(length):
             self.enqueue(self.request())
 
     def request(self) -> llmd.Request:
         self.count += 1
-        return llmd.Request(
+        request = llmd.Request(
             id=f"r{self.count}",
             prompt=(1, 2, 3),
             tenant=f"t{self.rng.randrange(50)}",
             priority=self.rng.randrange(2),
             deadline=math.inf if self.rng.random() < 0.5 else 1e6 + self.rng.random(),
         )
+        booking = Booking(request, Decision("w"), 3, 3, 3, 0.0, 0, self.view.now)
+        self.bookings[request.id] = booking
+        return request
 
     def enqueue(self, request: llmd.Request) -> None:
         verdict = self.balancer.admit(request, self.view)
@@ -91,10 +95,10 @@ class Line:
         _, lane = min(self.line.ranks())
         entry = self.line.head(lane)
         assert entry is not None
-        booking = Booking(entry.request, Decision("w"), 3, 3, 3, 0.0, 0, self.view.now)
-        self.balancer.dispatched(booking, self.view)
+        id = entry.request.id
+        self.balancer.dispatched(self.bookings.pop(id), self.view)
         self.line.touch(entry.flow)
-        self.line.remove(entry.request.id, self.view)
+        self.line.remove(id, self.view)
 
 
 def enqueue_dispatch_us(line: Line) -> float:

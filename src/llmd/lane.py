@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -58,11 +59,15 @@ class Entry:
 
 @attrs.define(eq=False)
 class Lane:
-    """Entries by (turn of the flow, key, number), each change O(log n)."""
+    """Entries by (turn of the flow, key, number).
+
+    Each change is O(log n) for n entries, and moves at most a pointer a flow:
+    of those there are few enough for a plain list to be faster than a sorted one.
+    """
 
     _flows: dict[Hashable, Any] = attrs.field(factory=dict, init=False)
     _head_of: dict[Hashable, _Head] = attrs.field(factory=dict, init=False)
-    _heads: Any = attrs.field(factory=SortedList, init=False)
+    _heads: list[_Head] = attrs.field(factory=list, init=False)
 
     @property
     def head(self) -> Rank:
@@ -108,7 +113,7 @@ class Lane:
             self._lead(flow, self._head_of[flow][0])
             return True
         del self._flows[flow]
-        self._heads.remove(self._head_of.pop(flow))
+        self._forget(self._head_of.pop(flow))
         return False
 
     def turn(self, flow: Hashable, turn: Any) -> None:
@@ -130,12 +135,10 @@ class Lane:
         if old is not None and old[2] == number and old[0] == turn and old[1] == key:
             return
         new = (turn, key, number, flow)
-        if old is not None and len(self._heads) == 1:
-            # The only flow, the common case: nothing to search.
-            self._heads.clear()
-            self._heads.add(new)
-        else:
-            self._heads.add(new)
-            if old is not None:
-                self._heads.remove(old)
+        insort(self._heads, new)
+        if old is not None:
+            self._forget(old)
         self._head_of[flow] = new
+
+    def _forget(self, head: _Head) -> None:
+        del self._heads[bisect_left(self._heads, head)]

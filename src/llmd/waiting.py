@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from heapq import heapify, heappop, heappush
 from typing import Any, TypeAlias
 
 import attrs
-from sortedcontainers import SortedList
 
 from .balancer.interface import Place, QueueBalancer
 from .errors import LlmdError, PolicyError, policy_error, shown
@@ -23,6 +23,7 @@ from .view import View
 
 LaneName: TypeAlias = tuple[Hashable, Hashable]
 Casualty: TypeAlias = tuple[Request, LlmdError]
+_Alarm: TypeAlias = tuple[float, int, RequestId]
 _NEVER = math.inf
 
 
@@ -51,7 +52,7 @@ class WaitingRequests:
     )
     _entries: dict[RequestId, Entry] = attrs.field(factory=dict, init=False)
     _touched: dict[Hashable, None] = attrs.field(factory=dict, init=False)
-    _alarms: Any = attrs.field(factory=SortedList, init=False)
+    _alarms: list[_Alarm] = attrs.field(factory=list, init=False)
     _alone: tuple[Entry, Rank] | None = attrs.field(default=None, init=False)
     _models: Counter[str] = attrs.field(factory=Counter, init=False)
     _last: int = attrs.field(default=0, init=False)
@@ -266,7 +267,7 @@ class WaitingRequests:
         self._lanes[entry.lane] = lane
         self._lanes_of.setdefault(entry.flow, {})[entry.lane] = None
         if entry.until < _NEVER:
-            self._alarms.add((entry.until, entry.number, entry.request.id))
+            self._set_alarm(entry)
 
     def _unfile(self, entry: Entry) -> None:
         lane = self._lanes[entry.lane]
@@ -279,12 +280,26 @@ class WaitingRequests:
                 self._touched.pop(entry.flow, None)
         if not lane:
             del self._lanes[entry.lane]
-        if entry.until < _NEVER:
-            self._alarms.remove((entry.until, entry.number, entry.request.id))
+
+    def _set_alarm(self, entry: Entry) -> None:
+        """Have its place asked for again; most leave before, and theirs stays."""
+        alarms = self._alarms
+        if len(alarms) > 2 * len(self._entries) + 64:
+            alarms[:] = [alarm for alarm in alarms if self._rings(alarm)]
+            heapify(alarms)
+        heappush(alarms, (entry.until, entry.number, entry.request.id))
+
+    def _rings(self, alarm: _Alarm) -> bool:
+        """Say whether an alarm is that of a request as it waits now."""
+        until, number, id = alarm
+        entry = self._entries.get(id)
+        return entry is not None and (entry.until, entry.number) == (until, number)
 
     def _drop(self, entry: Entry, view: View) -> None:
         request = entry.request
         del self._entries[request.id]
+        if not self._entries:
+            self._alarms.clear()
         if entry.filed:
             self._unfile(entry)
         else:
@@ -297,11 +312,11 @@ class WaitingRequests:
         self.touch(entry.flow)
 
     def _to_move(self, view: View) -> Iterable[RequestId]:
-        due = []
-        for until, _, id in self._alarms if self._alarms else ():
-            if until > view.now:
-                break
-            due.append(id)
+        due, alarms = [], self._alarms
+        while alarms and alarms[0][0] <= view.now:
+            alarm = heappop(alarms)
+            if self._rings(alarm):
+                due.append(alarm[2])
         try:
             due += self.balancer.moved(view)
         except Exception as error:

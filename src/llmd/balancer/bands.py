@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -124,7 +125,7 @@ class Bands(QueueBalancer):
 
     of: tuple[Band, ...] = attrs.field(converter=_as_bands)
     band: Callable[[Request], int] = attrs.field(
-        default=lambda request: request.priority, repr=False
+        default=attrgetter("priority"), repr=False
     )
     every: int = 8
     _since_overdue: int = attrs.field(default=0, init=False)
@@ -176,14 +177,14 @@ class Bands(QueueBalancer):
         return [id for band in self.of for id in band.order.moved(view)]
 
     def admit(self, request: Request, view: View) -> Verdict:
-        band = self.of[self.index(request)]
+        band = self._of(request)
         check = band.check(request)
         if check is not None:
             return Verdict.of([check])
         return band.order.admit(request, view)
 
     def share(self, request: Request, view: View) -> float:
-        band = self.of[self.index(request)]
+        band = self._of(request)
         since = view.waiting.since(request.id)
         if since is not None and view.now >= since + band.max_wait:
             return 1.0
@@ -207,17 +208,17 @@ class Bands(QueueBalancer):
         self._order(request).admitted(request, view)
 
     def queued(self, request: Request, view: View) -> None:
-        band = self.of[self.index(request)]
+        band = self._of(request)
         band.count(request, 1)
         band.order.queued(request, view)
 
     def unqueued(self, request: Request, view: View) -> None:
-        band = self.of[self.index(request)]
+        band = self._of(request)
         band.count(request, -1)
         band.order.unqueued(request, view)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        band = self.of[self.index(booking.request)]
+        band = self._of(booking.request)
         overdue = view.now >= booking.since + band.max_wait
         self._since_overdue = 0 if overdue else self._since_overdue + 1
         band.sent(view.now)
@@ -229,5 +230,11 @@ class Bands(QueueBalancer):
     def ended(self, booking: Booking, view: View) -> None:
         self._order(booking.request).ended(booking, view)
 
+    def _of(self, request: Request) -> Band:
+        number, of = self.band(request), self.of
+        if 0 <= number < len(of):
+            return of[number]
+        return of[0 if number < 0 else -1]
+
     def _order(self, request: Request) -> QueueBalancer:
-        return self.of[self.index(request)].order
+        return self._of(request).order

@@ -5,9 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Collection, Hashable, Iterable
-from typing import Any
-
-import attrs
+from typing import Any, NamedTuple
 
 from ..booking import Booking
 from ..copied import Copied
@@ -16,8 +14,7 @@ from ..view import Mask, View
 from .verdict import ADMIT, Verdict
 
 
-@attrs.frozen
-class Place:
+class Place(NamedTuple):
     """Where a request waits.
 
     Attributes:
