@@ -260,12 +260,14 @@ class KVEventDecoder:
             if media:
                 places = [(length + n * size + at, key) for n, at, key in media]
                 hashes = self._hasher.mark(hashes, size, places, length)
-            if len(keys) == 1:  # what a decoding engine tells, step by step
-                table = {keys[0]: (hashes.item(0), end)}
-            else:
-                ends = range(length + size, end + 1, size)
-                table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
             rank.block_tokens = size
+            if len(keys) == 1 and not self._holders:
+                # What a decoding engine tells, step by step.
+                rank.add_one(tier, keys[0], (hashes.item(0), end))
+                run.add(BlocksStored, tier, size, hashes)
+                return
+            ends = range(length + size, end + 1, size)
+            table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
         else:
             # Offloading connectors may name blocks by hash alone.
             table = {key: entry for key in keys if (entry := rank.entry(key))}
@@ -287,11 +289,8 @@ class KVEventDecoder:
         those hold.
         """
         get = event.get
-        lora, parent, keys = (
-            get("lora_name"),
-            get("parent_block_hash"),
-            get("extra_keys"),
-        )
+        lora, parent = get("lora_name"), get("parent_block_hash")
+        keys = get("extra_keys")
         if lora is None and get("lora_id") is not None:
             return None
         extras = extras_of(keys, lora, parent is None) if keys and any(keys) else _PLAIN

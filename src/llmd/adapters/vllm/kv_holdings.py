@@ -89,6 +89,15 @@ class Holdings:
         if len(held) > self.most:
             self.most = len(held)
 
+    def add_one(self, tier: Tier, key: Any, entry: tuple[int, int]) -> None:
+        """Hold another copy of one block."""
+        held = self.held[tier]
+        if key in held:
+            self.copies[tier, key] = self.copies.get((tier, key), 0) + 1
+        held[key] = entry
+        if len(held) > self.most:
+            self.most = len(held)
+
     def take(self, tier: Tier, key: Any) -> tuple[int, int] | None:
         """Drop one copy; return its entry if it was the last."""
         if self.copies and (more := self.copies.get((tier, key))):
