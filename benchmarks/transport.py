@@ -132,6 +132,67 @@ class Pair:
         return seconds[2:]
 
 
+def raw_agent(name: str, pipe: Connection):
+    """Return an agent with 256 blocks of 64 KiB, and the lists of both ends."""
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))
+    blocks = np.zeros((256, 1 << 16), np.uint8)
+    own = blocks.ctypes.data
+    agent.register_memory([(own, blocks.nbytes, 0, "")], "DRAM")
+    pipe.send((agent.get_agent_metadata(), own))
+    metadata, theirs = pipe.recv()
+    peer = agent.add_remote_agent(metadata)
+    peer = peer.decode() if isinstance(peer, bytes) else peer
+
+    def listed(of: str, base: int):
+        rows = [(base + i * (1 << 16), 1 << 16, 0) for i in range(256)]
+        return agent.prep_xfer_dlist(of, agent.get_xfer_descs(rows, "DRAM"))
+
+    return agent, blocks, listed("NIXL_INIT_AGENT", own), listed(peer, theirs)
+
+
+def raw_target(pipe: Connection, rounds: int) -> None:
+    agent, *kept = raw_agent("raw target", pipe)
+    for _ in range(rounds):
+        pipe.send("ready")
+        while not agent.get_new_notifs():
+            pass
+        pipe.send(time.monotonic())
+    pipe.recv()
+    del kept  # not before: the other end writes into it
+
+
+def raw_small_s(rounds: int = 200) -> float:
+    """A block of 64 KiB by NIXL alone, both ends in a loop that does nothing else.
+
+    No frame, no checksum, no thread: what is left for a transport to add to.
+    """
+    context = mp.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=raw_target, args=(theirs, rounds), daemon=True)
+    process.start()
+    agent, blocks, local, remote = raw_agent("raw source", pipe)
+    rng, seconds = np.random.default_rng(0), []
+    for _ in range(rounds):
+        assert pipe.poll(60)
+        assert pipe.recv() == "ready"
+        time.sleep(5e-4)
+        at = rng.integers(0, len(blocks), 1, dtype=np.int32)
+        begun = time.monotonic()
+        handle = agent.make_prepped_xfer("WRITE", local, at, remote, at, b"x")
+        agent.transfer(handle)
+        while agent.check_xfer_state(handle) == "PROC":
+            pass
+        while not pipe.poll(0):
+            agent.get_new_notifs()  # sends what the peer waits for
+        seconds.append(pipe.recv() - begun)
+        agent.release_xfer_handle(handle)
+    pipe.send(None)
+    process.join(10)
+    return statistics.median(seconds)
+
+
 def memcpy_bytes_per_s(block_bytes: int) -> float:
     """Copy scattered blocks within this process, as a yardstick."""
     blocks = 2 * MOVED_BYTES // block_bytes
@@ -170,6 +231,7 @@ def measure() -> dict[str, float]:
                 )
         small = pair.rounds(layout_of(1 << 16), 256, 1, 200)
         figures["transport.small.us"] = 1e6 * statistics.median(small)
+        figures["transport.small.raw.us"] = 1e6 * raw_small_s()
         tails = pair.rounds(layout_of(1 << 16, 16), 64, 32, 5, layer_s=0.010)
         figures["transport.overlap.tail_ms"] = 1e3 * statistics.median(tails)
     finally:
