@@ -234,14 +234,6 @@ class VllmEngine(Engine):
             f"ipc://{self._scratch}/events", f"ipc://{self._scratch}/replay"
         )
         self._signals = Throttle(worker, report, self._signals_every)
-        options = dict(self._options)
-        if ours(options.get("kv_transfer_config")):
-            options.setdefault("worker_extension_cls", TransferCounts.NAME)
-        if self._loras:
-            options.setdefault("enable_lora", True)
-            # All at once in memory: vLLM would swap them, request by request.
-            most = max(options.get("max_loras", 1), len(self._loras))
-            options["max_loras"] = most
         # Handed over in a list: a future or a frame of the thread that keeps the
         # engine would have it collected at exit, too late for its own clean-up.
         made: list[Any] = []
@@ -251,7 +243,7 @@ class VllmEngine(Engine):
             made,
             self.model,
             self.names,
-            options,
+            self._all_options(),
             self._environment,
             endpoint,
             stats.listener(self._signals, self.counters),
@@ -270,6 +262,18 @@ class VllmEngine(Engine):
         self._stream.start()
         if not llm.vllm_config.model_config.skip_tokenizer_init:
             self.tokenizer = await Tokenizer.of(llm)
+
+    def _all_options(self) -> dict[str, Any]:
+        """Return the user's options, and what they need beside them."""
+        options = dict(self._options)
+        if ours(options.get("kv_transfer_config")):
+            options.setdefault("worker_extension_cls", TransferCounts.NAME)
+        if self._loras:
+            options.setdefault("enable_lora", True)
+            # All at once in memory: vLLM would swap them, request by request.
+            most = max(options.get("max_loras", 1), len(self._loras))
+            options["max_loras"] = most
+        return options
 
     async def _end_streams(self, llm: Any) -> None:
         """End what still runs with reason `abort`: vLLM would leave it waiting."""

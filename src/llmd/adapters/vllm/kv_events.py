@@ -270,7 +270,7 @@ class KVEventDecoder:
             table = dict(zip(keys, zip(hashes.tolist(), ends)))  # noqa: B905
         else:
             # Offloading connectors may name blocks by hash alone.
-            table = {key: entry for key in keys if (entry := rank.entry(key))}
+            table = rank.known(keys)
             self.counts["unnamed blocks"] += len(keys) - len(table)
             hashes = named(name for name, _ in table.values())
         if self._holders:

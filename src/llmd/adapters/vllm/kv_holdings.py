@@ -79,6 +79,10 @@ class Holdings:
                     break
         return entry
 
+    def known(self, keys: Iterable[Any]) -> Table:
+        """Return the entries of those of *keys* that some tier holds."""
+        return {key: entry for key in keys if (entry := self.entry(key))}
+
     def add(self, tier: Tier, table: Table) -> None:
         """Hold another copy of each block of *table*."""
         held = self.held[tier]

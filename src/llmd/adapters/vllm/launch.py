@@ -76,30 +76,12 @@ def _launch(
     events: KVEndpoint,
     listener: Callable[..., Any],
 ) -> Any:
-    from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     cpu = current_platform.is_cpu()
-    chosen: dict[str, Any] = {
-        "served_model_name": list(names),
-        "scheduling_policy": "priority",
-        "use_tqdm_on_load": False,
-        "kv_events_config": KVEventsConfig(
-            enable_kv_cache_events=True,
-            publisher="zmq",
-            endpoint=events.events,
-            replay_endpoint=events.replay,
-            topic=events.topic,
-        ),
-        **(_CPU_OPTIONS if cpu else {}),
-        **options,
-    }
-    if cpu and "max_loras" in chosen:
-        # vLLM's CPU kernels take slot -1, the last, for requests without an
-        # adapter: it must stay empty, or they are answered by that adapter.
-        chosen["max_loras"] += 1
+    chosen = _chosen(names, options, events, cpu)
     variables = {
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         **environment,
@@ -119,6 +101,33 @@ def _launch(
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[listener], disable_log_stats=True
             )
+
+
+def _chosen(
+    names: tuple[str, ...], options: Mapping[str, Any], events: KVEndpoint, cpu: bool
+) -> dict[str, Any]:
+    """Return the engine's arguments: what llmd needs, and what the user said."""
+    from vllm.config import KVEventsConfig
+
+    chosen: dict[str, Any] = {
+        "served_model_name": list(names),
+        "scheduling_policy": "priority",
+        "use_tqdm_on_load": False,
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=True,
+            publisher="zmq",
+            endpoint=events.events,
+            replay_endpoint=events.replay,
+            topic=events.topic,
+        ),
+        **(_CPU_OPTIONS if cpu else {}),
+        **options,
+    }
+    if cpu and "max_loras" in chosen:
+        # vLLM's CPU kernels take slot -1, the last, for requests without an
+        # adapter: it must stay empty, or they are answered by that adapter.
+        chosen["max_loras"] += 1
+    return chosen
 
 
 @contextlib.contextmanager
