@@ -296,3 +296,42 @@ def test_a_router_that_raises_on_an_end_blames_no_request():
     cluster.handle(e.RequestArrived(0.0, llmd.Request(id="r", prompt=[1])))
     assert cluster.handle(e.RequestEnded(1.0, "a", "r")) == []
     assert "no" in str(cluster.waiting.faults[-1])
+
+
+class Twice(llmd.LeastLoaded):
+    def cost(self, request, view):
+        return 2.0 * super().cost(request, view)
+
+
+class TwiceAround(r.Around):
+    def cost(self, request, view):
+        return 2.0 * self.router.cost(request, view)
+
+
+class OnlyPrice(r.Around):
+    def price(self, request, view):
+        costs, terms = super().price(request, view)
+        return costs + 1.0, terms
+
+
+@pytest.mark.parametrize(
+    ("router", "wanted"),
+    [
+        (Twice(), lambda plain: 2.0 * plain),
+        (TwiceAround(router=llmd.LeastLoaded()), lambda plain: 2.0 * plain),
+        (OnlyPrice(router=llmd.LeastLoaded()), lambda plain: plain + 1.0),
+    ],
+)
+def test_what_a_subclass_says_of_cost_or_price_is_what_it_routes_by(router, wanted):
+    cluster = llmd.Cluster()
+    for at, id in enumerate("ab"):
+        cluster.handle(llmd.events.WorkerJoined(float(at), llmd.Worker(id=id)))
+    cluster.handle(
+        llmd.events.RequestArrived(2.0, llmd.Request(id="r", prompt=[1, 2, 3]))
+    )
+    request = llmd.Request(id="q", prompt=[4, 5, 6])
+    plain = llmd.LeastLoaded().cost(request, cluster.view)
+    assert plain.any()
+    decision = router.route(request, cluster.view)
+    assert decision.costs.tolist() == wanted(plain).tolist()
+    assert router.cost(request, cluster.view).tolist() == wanted(plain).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from typing import Any
 
 import attrs
 import numpy as np
@@ -21,12 +22,21 @@ class Router(Copied, abc.ABC):
     """Chooses a worker for each request.
 
     Subclasses implement `cost`; those that choose more than one worker
-    override `route`.
+    override `route`.  Whichever of `cost` and `price` a class defines, the other
+    follows from it, also where it inherits both.
 
     >>> class Shortest(Router):
     ...     def cost(self, request, view):
     ...         return view.workers.waiting_requests
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        defined = cls.__dict__.keys() & {"cost", "price", "terms"}
+        if defined == {"cost"}:
+            cls.price = Router.price  # type: ignore[method-assign]
+        elif defined == {"price"}:
+            cls.cost = _first_of_price  # type: ignore[method-assign]
 
     @abc.abstractmethod
     def cost(self, request: Request, view: View) -> Floats:
@@ -99,6 +109,10 @@ class Router(Copied, abc.ABC):
         """Note how what *worker* was given ended; *error* is None if well."""
 
 
+def _first_of_price(self: Router, request: Request, view: View) -> Floats:
+    return self.price(request, view)[0]
+
+
 class TermRouter(Router):
     """A router whose cost is a sum of terms, which then explain it."""
 
@@ -117,7 +131,7 @@ class TermRouter(Router):
         return costs, terms
 
     def cost(self, request: Request, view: View) -> Floats:
-        return self.price(request, view)[0]
+        return TermRouter.price(self, request, view)[0]
 
 
 @attrs.define(kw_only=True)
@@ -135,7 +149,7 @@ class Around(Router):
         return self.router.price(request, view)
 
     def cost(self, request: Request, view: View) -> Floats:
-        return self.price(request, view)[0]
+        return self.router.cost(request, view)
 
     def ended(
         self, request: Request, worker: WorkerId, error: str | None, view: View
