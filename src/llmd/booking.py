@@ -30,6 +30,7 @@ class Booking:
         prefilled: The prompt is computed.
         streamed: Its client has seen part of the answer, from here.
         failed_on: Workers on which it was dispatched before and failed.
+        again: It was dispatched before, and taken back or lost.
 
     >>> booking = Booking(Request(id="r", prompt=[1]), Decision("a"), 1, 1)
     >>> booking.workers
@@ -50,6 +51,7 @@ class Booking:
     prefilled: bool = False
     streamed: bool = False
     failed_on: frozenset[WorkerId] = frozenset()
+    again: bool = False
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:

@@ -174,8 +174,12 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
         attempts=entry.attempts,
         failed_on=entry.failed_on,
         dispatched_at=now,
+        again=entry.again,
     )
-    core.balancer.dispatched(booking, core.view)
+    try:
+        core.balancer.dispatched(booking, core.view)
+    except Exception as error:
+        raise policy_error(core.balancer, error) from error
     core.waiting.touch(entry.flow)
     core.index.expect(decision.first, request, now)
     if decision.first != decision.decode:

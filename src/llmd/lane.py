@@ -30,6 +30,7 @@ class Entry:
         attempts: Dispatches of it that failed.
         failed_on: Workers on which they did.
         generated_tokens: Of its answer, before it was taken off a worker.
+        again: It was dispatched before.
         number: Breaks ties of keys; unique, smaller goes first.
         key: As in `Place`, like what follows.
         flow: Where its turn is decided.
@@ -45,6 +46,7 @@ class Entry:
     number: int
     failed_on: frozenset[WorkerId] = frozenset()
     generated_tokens: int = 0
+    again: bool = False
     key: Any = None
     flow: Hashable = ""
     lane: tuple[Hashable, Hashable] = ((), ())

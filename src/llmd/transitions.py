@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from . import commands as c
@@ -21,6 +22,8 @@ from .errors import (
     WorkerLost,
     policy_error,
 )
+
+_MOST_TOKENS = 1 << 40
 
 
 def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
@@ -81,6 +84,10 @@ def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
 
 
 def generated(core: Core, event: e.TokensGenerated) -> list[c.Command]:
+    tokens = event.tokens
+    whole = type(tokens) is int or isinstance(tokens, Integral)
+    if not whole or not 0 <= tokens <= _MOST_TOKENS:
+        raise InvalidEvent(f"{event!r}: tokens must be a whole number, 0 or more")
     core.view.advance(event.at)
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None:

@@ -84,7 +84,8 @@ class WaitingRequests:
             number = self._last
         group = self._apart(request, failed_on)
         entry = Entry(
-            *(request, group, since, attempts, number, failed_on, generated_tokens)
+            *(request, group, since, attempts, number, failed_on, generated_tokens),
+            again=again,
         )
         self._enter(entry, view)
         return entry.lane
@@ -116,13 +117,16 @@ class WaitingRequests:
         casualties: list[Casualty] = []
         for id in self._to_move(view):
             casualties += self._refile(id, view)
-        for flow in self.balancer.restless:
-            self.touch(flow)
+        self.tell(self._touch_restless)
         while self._touched:
             flow = next(iter(self._touched))
             del self._touched[flow]
             casualties += self._turn(flow, view)
         return casualties
+
+    def _touch_restless(self) -> None:
+        for flow in self.balancer.restless:
+            self.touch(flow)
 
     def ranks(self) -> list[tuple[Rank, LaneName]]:
         """Return the rank of each lane's head."""
@@ -150,6 +154,8 @@ class WaitingRequests:
     def successor(self, balancer: QueueBalancer, view: View) -> WaitingRequests:
         """Return the same requests as *balancer* files them.
 
+        To the balancer that they wait for already they are not `queued` again.
+
         Raises:
             PolicyError: It broke its contract; the requests here are as before.
         """
@@ -164,8 +170,9 @@ class WaitingRequests:
                 old.number,
                 old.failed_on,
                 old.generated_tokens,
+                old.again,
             )
-            other._enter(entry, view)
+            other._enter(entry, view, known=balancer is self.balancer)
         return other
 
     def dismiss(self, view: View) -> None:
@@ -218,11 +225,12 @@ class WaitingRequests:
 
     # Filing --------------------------------------------------------------
 
-    def _enter(self, entry: Entry, view: View) -> None:
+    def _enter(self, entry: Entry, view: View, *, known: bool = False) -> None:
         request, balancer = entry.request, self.balancer
         try:
             entry.move(self._place(entry, view))
-            balancer.queued(request, view)
+            if not known:
+                balancer.queued(request, view)
         except Exception as error:
             fault = policy_error(balancer, error)
             raise fault from fault.__cause__
@@ -234,7 +242,8 @@ class WaitingRequests:
                 turn = self._turn_of(entry.flow, view)
                 self._alone = entry, (turn, entry.key, entry.number)
         except Exception as error:
-            self.tell(balancer.unqueued, request, view)
+            if not known:
+                self.tell(balancer.unqueued, request, view)
             fault = policy_error(balancer, error)
             raise fault from fault.__cause__
         self._entries[request.id] = entry
@@ -243,9 +252,10 @@ class WaitingRequests:
 
     def _place(self, entry: Entry, view: View) -> Place:
         place = self.balancer.place(entry.request, view, entry.since)
-        if place.key != place.key:
+        if _has_nan(place.key):
             name, key = type(self.balancer).__name__, shown(place.key)
             raise PolicyError(f"{name} gave {entry.request.id!r} the key {key}")
+        hash((place.flow, place.lane))  # before anything is filed under them
         return place
 
     def _join(self) -> None:
@@ -318,7 +328,7 @@ class WaitingRequests:
             if self._rings(alarm):
                 due.append(alarm[2])
         try:
-            due += self.balancer.moved(view)
+            due += [id for id in self.balancer.moved(view) if id in self._entries]
         except Exception as error:
             self.faults.append(policy_error(self.balancer, error))
         return due
@@ -339,7 +349,7 @@ class WaitingRequests:
 
     def _turn_of(self, flow: Hashable, view: View) -> Any:
         turn = self.balancer.turn(flow, view)
-        if turn != turn:
+        if _has_nan(turn):
             name = type(self.balancer).__name__
             raise PolicyError(f"{name} gave flow {shown(flow)} the turn {turn}")
         return turn
@@ -362,3 +372,10 @@ class WaitingRequests:
         """Take out a request that the balancer failed on."""
         self._drop(entry, view)
         return entry.request, policy_error(self.balancer, error)
+
+
+def _has_nan(value: Any) -> bool:
+    """Say whether a key or a turn is, or holds, what is not equal to itself."""
+    if type(value) is tuple:
+        return any(part != part or _has_nan(part) for part in value)
+    return bool(value != value)

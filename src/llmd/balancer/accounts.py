@@ -169,6 +169,8 @@ class Accounts(Listener):
         account = self._account(tenant)
         account.running += 1
         account.dispatched += 1
+        if booking.again:  # what was shed or lost is served once
+            return
         account.prompt_tokens += tokens
         account.cached_tokens += tokens - booking.uncached_tokens
         account.waits.add(view.now - booking.since)

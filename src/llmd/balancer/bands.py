@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from heapq import heapify, heappop, heappush
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -20,7 +21,9 @@ from .orders import Fcfs
 from .over import room_among
 from .verdict import Check, Verdict
 
+_Line: TypeAlias = tuple[float, int, RequestId]
 OVERDUE = (-1, "")
+"""The flow of the one overdue request whose turn it is."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -96,6 +99,49 @@ def _as_bands(of: Sequence[Band | QueueBalancer]) -> tuple[Band, ...]:
 
 
 @attrs.define(eq=False)
+class Overdue:
+    """Requests that have waited too long, the longest overdue first.
+
+    Each call is O(log n), amortised: what left is passed over.
+
+    >>> overdue = Overdue()
+    >>> overdue.add("b", 2.0), overdue.add("a", 1.0), overdue.longest()
+    (None, None, 'a')
+    >>> overdue.drop("a"), overdue.longest()
+    (None, 'b')
+    """
+
+    _lines: dict[RequestId, _Line] = attrs.field(factory=dict, init=False)
+    _heap: list[_Line] = attrs.field(factory=list, init=False)
+    _added: int = attrs.field(default=0, init=False)
+
+    def add(self, id: RequestId, due: float) -> None:
+        """Note a request; one that is known already keeps its place."""
+        if id in self._lines:
+            return
+        self._added += 1
+        line = self._lines[id] = due, self._added, id
+        heappush(self._heap, line)
+        if len(self._heap) > 2 * len(self._lines) + 64:
+            self._heap = [*self._lines.values()]
+            heapify(self._heap)
+
+    def drop(self, id: RequestId) -> None:
+        """Forget a request that waits no more."""
+        self._lines.pop(id, None)
+
+    def longest(self) -> RequestId | None:
+        """Return the one overdue longest; None if none is."""
+        heap = self._heap
+        while heap:
+            line = heap[0]
+            if self._lines.get(line[2]) is line:
+                return line[2]
+            heappop(heap)
+        return None
+
+
+@attrs.define(eq=False)
 class Bands(QueueBalancer):
     """Serves the first band that waits, and lets none wait for ever.
 
@@ -104,9 +150,10 @@ class Bands(QueueBalancer):
     ceiling's part of a worker, at least one request, so that a burst of a
     higher band finds room.  *Ageing*: a request that has waited for its
     band's `max_wait` is overdue, and one dispatch in *every* goes to whoever
-    is overdue longest, hold-back or not.  A request therefore waits at most
-    for max_wait and then *every* dispatches for each of those overdue before
-    it, and the bands above lose at most one part in *every*.
+    is overdue longest, hold-back or not; for the others it stays in its place.
+    A request therefore waits at most for max_wait and then *every* dispatches
+    for each of those overdue before it, and the bands above lose at most one
+    part in *every*.
 
     Requests of a lower band make place for a higher one while they are
     sheddable, have streamed nothing and are not overdue.
@@ -129,15 +176,18 @@ class Bands(QueueBalancer):
     )
     every: int = 8
     _since_overdue: int = attrs.field(default=0, init=False)
+    _overdue: Overdue = attrs.field(factory=Overdue, init=False, repr=False)
+    _chosen: RequestId | None = attrs.field(default=None, init=False, repr=False)
     _restless: tuple[Hashable, ...] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        below = [
-            (number, flow)
-            for number, band in enumerate(self.of)
-            for flow in band.order.restless
-        ]
-        self._restless = (OVERDUE, *below)
+        self._restless = tuple(
+            [
+                (number, flow)
+                for number, band in enumerate(self.of)
+                for flow in band.order.restless
+            ]
+        )
 
     def index(self, request: Request) -> int:
         """Return the number of a request's band; beyond the ends, the nearest."""
@@ -155,7 +205,7 @@ class Bands(QueueBalancer):
 
     def turn(self, flow: Any, view: View) -> Any:
         if flow == OVERDUE:
-            return (-1,) if self._since_overdue + 1 >= self.every else (len(self.of),)
+            return (-1,)
         number, below = flow
         return number, self.of[number].order.turn(below, view)
 
@@ -163,18 +213,27 @@ class Bands(QueueBalancer):
         number = self.index(request)
         band = self.of[number]
         below = band.order.place(request, view, since)
-        due = since + band.max_wait
-        if view.now >= due:
+        due, until = since + band.max_wait, below.until
+        if view.now < due:
+            until = min(until, due)
+        elif request.id == self._chosen:
             return Place(due, OVERDUE, below.lane)
-        return Place(below.key, (number, below.flow), below.lane, min(below.until, due))
+        else:
+            self._overdue.add(request.id, due)
+        return Place(below.key, (number, below.flow), below.lane, until)
 
     @property
     def restless(self) -> Collection[Hashable]:
-        """The flow of overdue requests, whose turn the others' dispatches bring."""
         return self._restless
 
     def moved(self, view: View) -> Iterable[RequestId]:
-        return [id for band in self.of for id in band.order.moved(view)]
+        moved = [id for band in self.of for id in band.order.moved(view)]
+        turn = self._since_overdue + 1 >= self.every
+        chosen = self._overdue.longest() if turn else None
+        if chosen != self._chosen:
+            moved += [id for id in (self._chosen, chosen) if id is not None]
+            self._chosen = chosen
+        return moved
 
     def admit(self, request: Request, view: View) -> Verdict:
         band = self._of(request)
@@ -215,12 +274,14 @@ class Bands(QueueBalancer):
     def unqueued(self, request: Request, view: View) -> None:
         band = self._of(request)
         band.count(request, -1)
+        self._overdue.drop(request.id)
         band.order.unqueued(request, view)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         band = self._of(booking.request)
-        overdue = view.now >= booking.since + band.max_wait
-        self._since_overdue = 0 if overdue else self._since_overdue + 1
+        self._since_overdue += 1
+        if booking.request.id == self._chosen:
+            self._since_overdue, self._chosen = 0, None
         band.sent(view.now)
         band.order.dispatched(booking, view)
 

@@ -84,7 +84,8 @@ class Fair(Over, abc.ABC):
         return float(tokens)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        self.charge(booking.request, self.prompt_cost(booking), view)
+        if not booking.again:  # what was shed or lost is paid for once
+            self.charge(booking.request, self.prompt_cost(booking), view)
         self.order.dispatched(booking, view)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:

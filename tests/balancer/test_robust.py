@@ -1,0 +1,201 @@
+"""Books that stay right whatever a balancer, an engine or a fleet does."""
+
+import math
+
+import pytest
+
+import llmd
+from llmd import balancer as b
+from llmd import commands as c
+from llmd import events as e
+from llmd.errors import InvalidEvent, PolicyError
+
+
+class Shop:
+    """A cluster of workers with room for one request each, driven by hand."""
+
+    def __init__(self, balancer, workers=1):
+        self.cluster = llmd.Cluster(balancer=balancer)
+        self.now, self.sent, self.failed = 0.0, [], {}
+        for number in range(workers):
+            self.join(f"w{number}")
+
+    def handle(self, event):
+        commands = self.cluster.handle(event)
+        for command in commands:
+            if isinstance(command, c.Dispatch):
+                self.sent.append(command.request.id)
+            elif isinstance(command, c.Fail):
+                self.failed[command.request.id] = command.error
+        return commands
+
+    def join(self, id, **facts):
+        worker = llmd.Worker(id=id, max_running=1, **facts)
+        self.handle(e.WorkerJoined(self.now, worker))
+
+    def arrive(self, id, tenant="t", tokens=3, **options):
+        prompt = range(1, tokens + 1)
+        request = llmd.Request(id=id, prompt=prompt, tenant=tenant, **options)
+        self.handle(e.RequestArrived(self.now, request))
+
+    def end(self, id, error=None):
+        booking = self.cluster.books.get(id)
+        self.handle(e.RequestEnded(self.now, booking.decision.decode, id, error))
+
+    def tick(self, seconds):
+        self.now += seconds
+        self.handle(e.Tick(self.now))
+
+    def drain(self):
+        while len(self.cluster.books):
+            self.end(next(id for id in self.sent if id in self.cluster.books))
+
+
+def test_a_worker_of_another_size_counts_nobody_twice():
+    band, fair = b.Band(max_requests=10), b.Vtc()
+    shop = Shop(b.FlowControl(b.Bands([band, b.Band(order=fair)])))
+    for number in range(4):
+        shop.arrive(f"r{number}")
+        shop.arrive(f"s{number}", priority=1)
+    for turn in range(3):
+        shop.join(f"big{turn}", max_model_tokens=2000 + turn)
+        shop.handle(e.WorkerLeft(shop.now, f"big{turn}"))
+    waiting = [request.priority for request in shop.cluster.waiting]
+    assert band.waiting_requests == waiting.count(0)
+    assert fair.ledger.waiting("t") == waiting.count(1)
+    shop.cluster.balancer = shop.cluster.balancer
+    assert band.waiting_requests == waiting.count(0)
+    shop.drain()
+    assert band.waiting_requests == fair.ledger.waiting("t") == 0
+
+
+@pytest.mark.parametrize("fault", ["shed", "lost"])
+def test_what_is_sent_again_is_paid_for_once(fault):
+    fair = b.Vtc()
+    flow = b.FlowControl(b.Bands([b.Band(), b.Band(order=fair)]))
+    shop = Shop(flow)
+    shop.arrive("x", "X", tokens=1000, priority=1, sheddable=True)
+    for number in range(5):
+        if fault == "shed":
+            shop.arrive(f"chat{number}", "C", tokens=1)
+            shop.end(f"chat{number}")
+        elif number < 2:
+            shop.end("x", error="the engine broke")
+    assert shop.sent.count("x") > 2
+    assert fair.ledger["X"] == 1000.0
+    assert flow.accounts["X"].served_tokens == 1000
+
+
+def test_an_overdue_request_never_goes_later_than_before():
+    bands = b.Bands(
+        [b.Band(name="chat", max_wait=1.0), b.Band(name="batch", max_wait=60.0)]
+    )
+    shop = Shop(bands)
+    shop.arrive("running")
+    shop.arrive("chat")
+    shop.arrive("batch", priority=1)
+    shop.tick(1.5)
+    shop.end("running")
+    assert shop.sent == ["running", "chat"]
+
+
+def test_one_dispatch_in_every_goes_to_the_longest_overdue_though_others_are_too():
+    chat = b.Band(name="chat", max_wait=0.5)
+    shop = Shop(b.Bands([chat, b.Band(name="batch", max_wait=1.0)], every=4))
+    shop.arrive("running")
+    shop.arrive("old", priority=1)
+    shop.tick(0.1)
+    for number in range(40):
+        shop.arrive(f"chat{number}")
+    shop.tick(2.0)
+    before = len(shop.sent)
+    while "old" not in shop.sent:
+        shop.end(shop.sent[-1])
+    # Chat arrived later but was overdue first: each of it counts one turn at most.
+    assert len(shop.sent) - before <= 4 * 41
+    order = [id for id in shop.sent if id.startswith("chat")]
+    assert order == sorted(order, key=lambda id: int(id[4:]))
+
+
+class Restless(b.Fcfs):
+    @property
+    def restless(self):
+        raise RuntimeError("no flows today")
+
+
+class Moves(b.Fcfs):
+    def moved(self, view):
+        return [["x"]]
+
+
+@pytest.mark.parametrize("balancer", [Restless(), Moves()])
+def test_hooks_that_blame_no_request_are_kept_and_nothing_is_left(balancer):
+    shop = Shop(balancer)
+    for id in "ab":
+        shop.arrive(id)
+    shop.drain()
+    assert shop.sent == ["a", "b"]
+    assert isinstance(shop.cluster.waiting.faults[-1], PolicyError)
+    assert not len(shop.cluster.waiting) + len(shop.cluster.books)
+
+
+class NanKey(b.Fcfs):
+    def key(self, request, view):
+        return (0, (math.nan if request.tenant == "bad" else 1.0,))
+
+
+class NanTurn(b.Fcfs):
+    def flow(self, request):
+        return request.tenant
+
+    def turn(self, flow, view):
+        return (math.nan if flow == "bad" else 1.0, 0)
+
+
+class BadFlow(b.Fcfs):
+    def flow(self, request):
+        return [] if request.tenant == "bad" else request.tenant
+
+
+@pytest.mark.parametrize("balancer", [NanKey(), NanTurn(), BadFlow()])
+def test_who_has_no_place_fails_and_nobody_else(balancer):
+    shop = Shop(balancer)
+    shop.arrive("running")
+    for number in range(4):
+        shop.arrive(f"good{number}", "good")
+        shop.arrive(f"bad{number}", "bad")
+    assert {*shop.failed} == {f"bad{number}" for number in range(4)}
+    assert all(isinstance(error, PolicyError) for error in shop.failed.values())
+    shop.drain()
+    assert shop.sent == ["running", *[f"good{number}" for number in range(4)]]
+    assert not len(shop.cluster.waiting)
+
+
+def test_a_request_that_waits_alone_and_has_no_place_fails_itself():
+    shop = Shop(BadFlow())
+    shop.arrive("bad", "bad")
+    assert [*shop.failed] == ["bad"]
+    assert not len(shop.cluster.waiting)
+
+
+class Dispatched(b.Fcfs):
+    def dispatched(self, booking, view):
+        raise ZeroDivisionError
+
+
+def test_the_balancer_answers_for_its_hooks():
+    shop = Shop(Dispatched())
+    shop.arrive("a")
+    assert "Dispatched" in str(shop.failed["a"])
+    assert not len(shop.cluster.books)
+
+
+@pytest.mark.parametrize("tokens", [-1, 0.5, math.nan, "3", 10**30, None])
+def test_an_engine_that_counts_no_tokens_is_refused(tokens):
+    shop = Shop(b.Vtc())
+    shop.arrive("a")
+    shop.handle(e.FirstToken(0.0, "w0", "a"))
+    context = int(shop.cluster.view.workers.context_tokens[0])
+    with pytest.raises(InvalidEvent):
+        shop.handle(e.TokensGenerated(0.0, "w0", "a", tokens))
+    assert int(shop.cluster.view.workers.context_tokens[0]) == context
