@@ -376,6 +376,9 @@ class WaitingRequests:
 
 def _has_nan(value: Any) -> bool:
     """Say whether a key or a turn is, or holds, what is not equal to itself."""
-    if type(value) is tuple:
-        return any(part != part or _has_nan(part) for part in value)
-    return bool(value != value)
+    if type(value) is not tuple:
+        return bool(value != value)
+    for part in value:  # noqa: SIM110, a generator would take as long as the rest
+        if part != part or (type(part) is tuple and _has_nan(part)):
+            return True
+    return False

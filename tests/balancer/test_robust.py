@@ -199,3 +199,31 @@ def test_an_engine_that_counts_no_tokens_is_refused(tokens):
     with pytest.raises(InvalidEvent):
         shop.handle(e.TokensGenerated(0.0, "w0", "a", tokens))
     assert int(shop.cluster.view.workers.context_tokens[0]) == context
+
+
+@pytest.mark.parametrize("full", [{"prefill_tokens": 2048}, {"kv_usage": 0.5}])
+def test_a_long_prompt_comes_to_its_turn_though_short_ones_never_pause(full):
+    rooms = [b.FixedRoom(**full), b.LongPrefillCap(long_tokens=2000)]
+    bands = b.Bands([b.Band(), b.Band(max_wait=2.0)])
+    cluster = llmd.Cluster(balancer=b.FlowControl(bands, rooms=rooms))
+    worker = llmd.Worker(id="w", max_running=64, kv_blocks=600, block_tokens=16)
+    cluster.handle(e.WorkerJoined(0.0, worker))
+    running, sent_at = [], {}
+
+    def handle(event):
+        for command in cluster.handle(event):
+            if isinstance(command, c.Dispatch):
+                sent_at[command.request.id] = event.at
+                running.append(command.request.id)
+
+    for step in range(200):
+        now = 0.05 * step
+        chat = llmd.Request(id=f"chat{step}", prompt=range(900))
+        handle(e.RequestArrived(now, chat))
+        if step == 10:
+            long = llmd.Request(id="long", prompt=range(6000), priority=1)
+            handle(e.RequestArrived(now, long))
+        while running and now - sent_at[running[0]] > 0.12:
+            handle(e.RequestEnded(now, "w", running.pop(0), None))
+    assert sent_at["long"] < 0.5 + 2.0 + 8 * 0.05 + 1.0
+    assert len(sent_at) > 190

@@ -226,6 +226,11 @@ class Bands(QueueBalancer):
     def restless(self) -> Collection[Hashable]:
         return self._restless
 
+    @property
+    def pressing(self) -> RequestId | None:
+        """The overdue request whose turn it is."""
+        return self._chosen
+
     def moved(self, view: View) -> Iterable[RequestId]:
         moved = [id for band in self.of for id in band.order.moved(view)]
         turn = self._since_overdue + 1 >= self.every

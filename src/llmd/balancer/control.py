@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import attrs
+import numpy as np
 
 from ..booking import Booking
-from ..types import Request
+from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
 from .accounts import Accounts
 from .gates import Gate
@@ -43,6 +44,8 @@ class FlowControl(Over):
     rooms: tuple[Room, ...] = attrs.field(default=(), converter=tuple)
     accounts: Accounts | None = attrs.field(factory=Accounts, repr=False)
     _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False)
+    # Who presses, and the worker that is kept for it.
+    _kept: tuple[RequestId, WorkerId] = attrs.field(default=("", ""), init=False)
 
     def __attrs_post_init__(self) -> None:
         accounts = () if self.accounts is None else (self.accounts,)
@@ -69,7 +72,30 @@ class FlowControl(Over):
         open = self.rooms[0].open(request, share, view)
         for each in self.rooms[1:]:
             open = open & each.open(request, share, view)
-        return room_among(self.order, request, view, open)
+        pressing = self.order.pressing
+        if pressing is None:
+            return room_among(self.order, request, view, open)
+        return self._past(pressing, request, view, open)
+
+    def _past(
+        self, pressing: RequestId, request: Request, view: View, open: Mask
+    ) -> Mask:
+        """Say where *request* may go past one that presses, perhaps itself.
+
+        Requests of other lanes could keep every worker too full for it for ever,
+        so the worker that has least to compute takes nothing else meanwhile.
+        """
+        workers = view.workers
+        if request.id != pressing:
+            if self._kept[0] == pressing and self._kept[1] in workers.ids:
+                open = open.copy()
+                open[workers.ids.index(self._kept[1])] = False
+            return room_among(self.order, request, view, open)
+        room = room_among(self.order, request, view, open)
+        if not room.any() and self._kept[0] != pressing and len(workers.ids):
+            row = int(np.argmin(workers.prefill_tokens))
+            self._kept = pressing, workers.ids[row]
+        return room
 
     def admitted(self, request: Request, view: View) -> None:
         for listener in self._listeners:

@@ -128,6 +128,11 @@ class QueueBalancer(Listener, abc.ABC):
         """
         return ()
 
+    @property
+    def pressing(self) -> RequestId | None:
+        """The request that has waited too long for others to be sent past it."""
+        return None
+
     def admit(self, request: Request, view: View) -> Verdict:
         """Say whether *request* may wait here at all."""
         return ADMIT

@@ -62,6 +62,11 @@ class Over(QueueBalancer):
     def moved(self, view: View) -> Iterable[RequestId]:
         return self.order.moved(view)
 
+    @property
+    def pressing(self) -> RequestId | None:
+        """The request that must not be overtaken any more."""
+        return self.order.pressing
+
     def admit(self, request: Request, view: View) -> Verdict:
         return self.order.admit(request, view)
 
