@@ -192,6 +192,9 @@ class Waiting(Protocol):
     def prompt_tokens(self) -> int:
         """Sum of their prompts."""
 
+    def tokens_before(self, request: Request, view: View) -> int:
+        """Sum of the prompts that would be sent before *request*, at most."""
+
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
 

@@ -185,6 +185,10 @@ class WaitingRequests:
         """Sum of the waiting prompts."""
         return self._prompt_tokens
 
+    def tokens_before(self, request: Request, view: View) -> int:
+        """Sum of the prompts that would be sent before *request*, at most."""
+        return min(self.balancer.tokens_before(request, view), self._prompt_tokens)
+
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
         return self._models[model]

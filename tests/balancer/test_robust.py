@@ -227,3 +227,18 @@ def test_a_long_prompt_comes_to_its_turn_though_short_ones_never_pause(full):
             handle(e.RequestEnded(now, "w", running.pop(0), None))
     assert sent_at["long"] < 0.5 + 2.0 + 8 * 0.05 + 1.0
     assert len(sent_at) > 190
+
+
+@pytest.mark.parametrize(
+    "gate", [b.DeadlineInfeasible(), b.Saturation(max_wait_s=5.0)], ids=str
+)
+def test_work_that_goes_later_keeps_nobody_out(gate):
+    shop = Shop(b.FlowControl(b.Bands([b.Band(), b.Band()]), gates=[gate]))
+    shop.arrive("running")
+    waiting = 0
+    while not shop.failed:
+        shop.arrive(f"batch{waiting}", tokens=8000, priority=1, deadline=20.0)
+        waiting += 1
+    assert waiting > 10
+    shop.arrive("chat", deadline=5.0)
+    assert [*shop.failed] == [f"batch{waiting - 1}"]

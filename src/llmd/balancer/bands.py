@@ -226,6 +226,10 @@ class Bands(QueueBalancer):
     def restless(self) -> Collection[Hashable]:
         return self._restless
 
+    def tokens_before(self, request: Request, view: View) -> int:
+        before = self.of[: self.index(request) + 1]
+        return sum(band.waiting_tokens for band in before)
+
     @property
     def pressing(self) -> RequestId | None:
         """The overdue request whose turn it is."""

@@ -189,8 +189,9 @@ def _fill(held: float, rate: float, seconds: float, size: float) -> float:
 class DeadlineInfeasible(Gate):
     """Refuses whom no worker can give a first token in time.
 
-    Its first token is expected after the prompts that wait here, spread over
-    the ready workers, and then what the router says of the best worker.  The
+    Its first token is expected after the prompts that wait here and go before
+    it, spread over the ready workers, and then what the router says of the best
+    worker.  The
     estimate uses only the cluster's own books, which are never stale.
 
     Attributes:
@@ -217,7 +218,7 @@ class DeadlineInfeasible(Gate):
             note = "no worker is ready, not estimated"
             return Check("deadline", 0.0, left, "s to first token", left > 0, note)
         own = float(np.min(self.router.cost(request, ready)))
-        queued = _queued_s(view, self.machine, len(ready.workers))
+        queued = _queued_s(request, view, self.machine, len(ready.workers))
         needed = self.margin * (own + queued)
         return Check("deadline", needed, left, "s to first token", needed <= left)
 
@@ -227,7 +228,8 @@ class Saturation(Gate):
     """Refuses when the fleet is full, lower shares first.
 
     Saturation is the larger of two parts, each 1.0 at its limit: the prompts
-    waiting here in seconds of work for each ready worker, over *max_wait_s*;
+    that wait here before it in seconds of work for each ready worker, over
+    *max_wait_s*;
     and the KV usage of the emptiest ready worker over *max_kv_usage*.  A
     request enters while saturation is below its share.
 
@@ -256,7 +258,7 @@ class Saturation(Gate):
         if not len(workers):
             note = "no worker is ready, not measured"
             return Check("saturation", 0.0, share, "of 1", True, note)
-        wait = _queued_s(view, self.machine, len(workers))
+        wait = _queued_s(request, view, self.machine, len(workers))
         booked = workers.context_tokens / workers.kv_tokens
         stale = ~(view.now - workers.reported_at <= self.stale_s)
         reported = np.where(stale, np.nan, workers.reported_kv_usage)
@@ -278,8 +280,8 @@ class Saturation(Gate):
         )
 
 
-def _queued_s(view: View, machine: Machine, workers: int) -> float:
-    """Return the seconds of prompts waiting here, for each worker."""
+def _queued_s(request: Request, view: View, machine: Machine, workers: int) -> float:
+    """Return the seconds of prompts that wait before *request*, for each worker."""
     # At the pace of a prompt of usual length, since only their sum is known.
     seconds_per_token = machine.prefill_s(1024.0) / 1024.0
-    return view.waiting.prompt_tokens * seconds_per_token / workers
+    return view.waiting.tokens_before(request, view) * seconds_per_token / workers

@@ -128,6 +128,10 @@ class QueueBalancer(Listener, abc.ABC):
         """
         return ()
 
+    def tokens_before(self, request: Request, view: View) -> int:
+        """Return the waiting prompt tokens that go before *request*, at most."""
+        return view.waiting.prompt_tokens
+
     @property
     def pressing(self) -> RequestId | None:
         """The request that has waited too long for others to be sent past it."""

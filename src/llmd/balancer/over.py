@@ -62,6 +62,9 @@ class Over(QueueBalancer):
     def moved(self, view: View) -> Iterable[RequestId]:
         return self.order.moved(view)
 
+    def tokens_before(self, request: Request, view: View) -> int:
+        return self.order.tokens_before(request, view)
+
     @property
     def pressing(self) -> RequestId | None:
         """The request that must not be overtaken any more."""
