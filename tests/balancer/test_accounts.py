@@ -87,7 +87,11 @@ def test_metrics_tell_of_tenants_and_bands(shop):
     assert value(served, tenant="a", kind="output") == 1
     assert value("llmd_tenant_wait_seconds", tenant="a", quantile="0.99") < 1e-3
     assert value("llmd_band_waiting_requests", band="batch") == 1
+    assert value("llmd_band_served_tokens_total", band="chat", kind="prompt") == 30
+    assert value("llmd_band_wait_seconds", band="chat", quantile="0.99") < 1e-3
     assert value("llmd_jain_index", name="llmd") == 0.5
+    sim.cluster.balancer = bands
+    assert value("llmd_band_waiting_requests", band="batch") == 1
     sim.cluster.balancer = llmd.Fcfs()
     assert value("llmd_jain_index", name="llmd") is None
 

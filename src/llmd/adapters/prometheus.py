@@ -7,14 +7,14 @@ same names here; what only llmd knows is named `llmd_*`.  Needs the extra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import attrs
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..balancer import Accounts, Bands
+from ..balancer import Account, Accounts, Bands, Over
 from ..live import Server
 
 
@@ -107,26 +107,7 @@ class ServerCollector(Collector):
         accounts = getattr(self.server.cluster.balancer, "accounts", None)
         if not isinstance(accounts, Accounts):
             return
-        waiting = GaugeMetricFamily(
-            "llmd_tenant_waiting_requests", "Waiting in llmd", labels=["tenant"]
-        )
-        served = CounterMetricFamily(
-            "llmd_tenant_served_tokens", "Given to a tenant", labels=["tenant", "kind"]
-        )
-        waits = GaugeMetricFamily(
-            "llmd_tenant_wait_seconds",
-            "From arrival to dispatch, a quantile of all so far",
-            labels=["tenant", "quantile"],
-        )
-        for tenant, account in accounts.items():
-            name = str(tenant)
-            waiting.add_metric([name], account.waiting)
-            served.add_metric([name, "prompt"], account.prompt_tokens)
-            served.add_metric([name, "output"], account.output_tokens)
-            for part in (0.5, 0.99):
-                seconds = account.waits.quantile(part)
-                waits.add_metric([name, str(part)], seconds)
-        yield from (waiting, served, waits)
+        yield from _accounts("tenant", accounts.items())
         for short, what, value in (
             ("service_gap", "Service between tenants that wait", accounts.service_gap),
             ("jain_index", "Evenness of served tokens, 1 is even", accounts.jain()),
@@ -134,14 +115,36 @@ class ServerCollector(Collector):
             yield _gauge(f"llmd_{short}", what, {"name": self.pool}, value)
 
     def _bands(self) -> Iterator[Metric]:
-        order = getattr(self.server.cluster.balancer, "order", None)
+        order: object = self.server.cluster.balancer
+        while isinstance(order, Over):
+            order = order.order
         if isinstance(order, Bands):
-            family = GaugeMetricFamily(
-                "llmd_band_waiting_requests", "Waiting in llmd", labels=["band"]
-            )
-            for band in order.of:
-                family.add_metric([band.name], band.waiting_requests)
-            yield family
+            yield from _accounts("band", [(b.name, b.account) for b in order.of])
+
+
+def _accounts(
+    kind: str, accounts: Iterable[tuple[Hashable, Account]]
+) -> Iterator[Metric]:
+    """Yield the figures of each tenant, or whatever *kind* says."""
+    waiting = GaugeMetricFamily(
+        f"llmd_{kind}_waiting_requests", "Waiting in llmd", labels=[kind]
+    )
+    served = CounterMetricFamily(
+        f"llmd_{kind}_served_tokens", f"Given to a {kind}", labels=[kind, "kind"]
+    )
+    waits = GaugeMetricFamily(
+        f"llmd_{kind}_wait_seconds",
+        "From arrival to dispatch, a quantile of all so far",
+        labels=[kind, "quantile"],
+    )
+    for each, account in accounts:
+        name = str(each)
+        waiting.add_metric([name], account.waiting)
+        served.add_metric([name, "prompt"], account.prompt_tokens)
+        served.add_metric([name, "output"], account.output_tokens)
+        for part in (0.5, 0.99):
+            waits.add_metric([name, str(part)], account.waits.quantile(part))
+    yield from (waiting, served, waits)
 
 
 def _gauge(name: str, what: str, labels: dict[str, str], value: float) -> Metric:

@@ -78,6 +78,16 @@ class Account:
         """Prompt and output tokens together."""
         return self.prompt_tokens + self.output_tokens
 
+    def sent(self, booking: Booking, at: float) -> None:
+        """Note a dispatch; what was shed or lost before is served once."""
+        self.running += 1
+        self.dispatched += 1
+        if not booking.again:
+            tokens = booking.request.prompt_tokens
+            self.prompt_tokens += tokens
+            self.cached_tokens += tokens - booking.uncached_tokens
+            self.waits.add(at - booking.since)
+
     @property
     def idle(self) -> bool:
         """Whether nothing of it waits or runs."""
@@ -165,16 +175,11 @@ class Accounts(Listener):
         self._ledger.close(tenant)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        tenant, tokens = self.by(booking.request), booking.request.prompt_tokens
-        account = self._account(tenant)
-        account.running += 1
-        account.dispatched += 1
-        if booking.again:  # what was shed or lost is served once
-            return
-        account.prompt_tokens += tokens
-        account.cached_tokens += tokens - booking.uncached_tokens
-        account.waits.add(view.now - booking.since)
-        self._ledger.add(tenant, self.prompt_weight * tokens)
+        tenant = self.by(booking.request)
+        self._account(tenant).sent(booking, view.now)
+        if not booking.again:
+            tokens = booking.request.prompt_tokens
+            self._ledger.add(tenant, self.prompt_weight * tokens)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
         tenant = self.by(booking.request)

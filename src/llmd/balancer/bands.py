@@ -16,6 +16,7 @@ from ..booking import Booking
 from ..errors import PolicyError, shown
 from ..types import Request, RequestId
 from ..view import Mask, View
+from .accounts import Account
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .over import room_among
@@ -38,6 +39,7 @@ class Band:
         max_wait: Seconds after which a request is overdue.
         max_requests: Requests of it that wait at once, at most.
         max_tokens: Prompt tokens of it that wait at once, at most.
+        account: What it has had so far.
 
     >>> Band(name="batch", ceiling=0.8, max_wait=60.0).max_requests
     100000
@@ -49,6 +51,7 @@ class Band:
     max_wait: float = math.inf
     max_requests: int = 100_000
     max_tokens: float = math.inf
+    account: Account = attrs.field(factory=Account, init=False, repr=False)
     waiting_requests: int = attrs.field(default=0, init=False)
     waiting_tokens: int = attrs.field(default=0, init=False)
     _sent_at: deque[float] = attrs.field(
@@ -76,10 +79,12 @@ class Band:
         """Count a request that begins or ceases to wait."""
         self.waiting_requests += by
         self.waiting_tokens += by * request.prompt_tokens
+        self.account.waiting = self.waiting_requests
 
-    def sent(self, at: float) -> None:
+    def sent(self, booking: Booking, at: float) -> None:
         """Note a dispatch."""
         self._sent_at.append(at)
+        self.account.sent(booking, at)
 
     def _pace(self) -> float:
         """Return the seconds between its last dispatches; NaN if too few."""
@@ -291,14 +296,18 @@ class Bands(QueueBalancer):
         self._since_overdue += 1
         if booking.request.id == self._chosen:
             self._since_overdue, self._chosen = 0, None
-        band.sent(view.now)
+        band.sent(booking, view.now)
         band.order.dispatched(booking, view)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
-        self._order(booking.request).generated(booking, tokens, view)
+        band = self._of(booking.request)
+        band.account.output_tokens += tokens
+        band.order.generated(booking, tokens, view)
 
     def ended(self, booking: Booking, view: View) -> None:
-        self._order(booking.request).ended(booking, view)
+        band = self._of(booking.request)
+        band.account.running = max(band.account.running - 1, 0)
+        band.order.ended(booking, view)
 
     def _of(self, request: Request) -> Band:
         number, of = self.band(request), self.of
