@@ -66,6 +66,20 @@ def test_accounts_are_bounded_and_lose_no_totals(shop):
     sim.end(busy)
 
 
+def test_accounts_are_few_again_after_a_flood_of_tenants(shop):
+    accounts = b.Accounts(most=10)
+    sim = shop(b.FlowControl(b.Fcfs(), accounts=accounts), places=1)
+    running = sim.arrive("first", 5)
+    flood = [sim.arrive(f"f{number}", 5) for number in range(200)]
+    assert len(accounts) == 201
+    for id in flood:
+        sim.cancel(id)
+    sim.end(running)
+    for number in range(400):
+        sim.end(sim.arrive(f"n{number}", 5))
+    assert len(accounts) <= 11
+
+
 def test_metrics_tell_of_tenants_and_bands(shop):
     prometheus = pytest.importorskip("prometheus_client")
     from llmd.adapters.prometheus import ServerCollector

@@ -11,6 +11,7 @@ import attrs
 from ..booking import Booking
 from ..types import Request
 from ..view import View
+from .amounts import AMOUNT, COUNT
 from .interface import Listener
 from .ledger import Ledger
 
@@ -129,9 +130,9 @@ class Accounts(Listener):
     by: Callable[[Request], Hashable] = attrs.field(
         default=attrgetter("tenant"), repr=False
     )
-    most: int = 1000
-    prompt_weight: float = 1.0
-    output_weight: float = 2.0
+    most: int = attrs.field(default=1000, validator=COUNT)
+    prompt_weight: float = attrs.field(default=1.0, validator=AMOUNT)
+    output_weight: float = attrs.field(default=2.0, validator=AMOUNT)
     others: Account = attrs.field(factory=Account, init=False)
     _accounts: dict[Hashable, Account] = attrs.field(factory=dict, init=False)
     _ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
@@ -193,8 +194,10 @@ class Accounts(Listener):
     def _account(self, tenant: Hashable) -> Account:
         account = self._accounts.get(tenant)
         if account is None:
-            if len(self._accounts) >= self.most:
-                self._close_one()
+            # Two for each new one, so that after a flood they shrink again.
+            for _ in range(2):
+                if len(self._accounts) >= self.most:
+                    self._close_one()
             account = self._accounts[tenant] = Account()
         return account
 

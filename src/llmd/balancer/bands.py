@@ -13,10 +13,11 @@ import attrs
 import numpy as np
 
 from ..booking import Booking
-from ..errors import PolicyError, shown
+from ..errors import PolicyError
 from ..types import Request, RequestId
 from ..view import Mask, View
 from .accounts import Account
+from .amounts import AMOUNT, COUNT, WAIT, a_number, kind
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .over import room_among
@@ -46,21 +47,17 @@ class Band:
     """
 
     name: str = ""
-    order: QueueBalancer = attrs.field(factory=Fcfs)
-    ceiling: float = 1.0
-    max_wait: float = math.inf
-    max_requests: int = 100_000
-    max_tokens: float = math.inf
+    order: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
+    ceiling: float = attrs.field(default=1.0, validator=a_number(above=True, most=1))
+    max_wait: float = attrs.field(default=math.inf, validator=WAIT)
+    max_requests: int = attrs.field(default=100_000, validator=AMOUNT)
+    max_tokens: float = attrs.field(default=math.inf, validator=WAIT)
     account: Account = attrs.field(factory=Account, init=False, repr=False)
     waiting_requests: int = attrs.field(default=0, init=False)
     waiting_tokens: int = attrs.field(default=0, init=False)
     _sent_at: deque[float] = attrs.field(
         factory=lambda: deque(maxlen=33), init=False, repr=False
     )
-
-    def __attrs_post_init__(self) -> None:
-        if not 0 < self.ceiling <= 1:
-            raise PolicyError(f"a ceiling is {shown(self.ceiling)}, must be in (0, 1]")
 
     def check(self, request: Request) -> Check | None:
         """Return why there is no place for another request, if there is none."""
@@ -179,7 +176,7 @@ class Bands(QueueBalancer):
     band: Callable[[Request], int] = attrs.field(
         default=attrgetter("priority"), repr=False
     )
-    every: int = 8
+    every: int = attrs.field(default=8, validator=COUNT)
     _since_overdue: int = attrs.field(default=0, init=False)
     _overdue: Overdue = attrs.field(factory=Overdue, init=False, repr=False)
     _chosen: RequestId | None = attrs.field(default=None, init=False, repr=False)

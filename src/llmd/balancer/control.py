@@ -11,6 +11,7 @@ from ..booking import Booking
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
 from .accounts import Accounts
+from .amounts import kind
 from .gates import Gate
 from .interface import Listener, Place
 from .over import Over, room_among
@@ -40,8 +41,12 @@ class FlowControl(Over):
     ... )
     """
 
-    gates: tuple[Gate, ...] = attrs.field(default=(), converter=tuple)
-    rooms: tuple[Room, ...] = attrs.field(default=(), converter=tuple)
+    gates: tuple[Gate, ...] = attrs.field(
+        default=(), converter=tuple, validator=kind(Gate)
+    )
+    rooms: tuple[Room, ...] = attrs.field(
+        default=(), converter=tuple, validator=kind(Room)
+    )
     accounts: Accounts | None = attrs.field(factory=Accounts, repr=False)
     _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False)
     # Who presses, and the worker that is kept for it.

@@ -15,21 +15,15 @@ from typing import Any
 import attrs
 
 from ..booking import Booking
-from ..errors import PolicyError
 from ..types import Request
 from ..view import View
+from .amounts import AMOUNT, POSITIVE, kind, weights
 from .interface import Place, QueueBalancer
 from .ledger import Ledger
 from .orders import Fcfs
 from .over import Over
 
 _tenant: Callable[[Request], Hashable] = attrgetter("tenant")
-
-
-def _positive(self: Any, attribute: Any, weights: Mapping[Hashable, float]) -> None:
-    for tenant, weight in weights.items():
-        if not 0 < weight < math.inf:
-            raise PolicyError(f"the weight of {tenant!r} is {weight}, must be positive")
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -42,8 +36,10 @@ class Fair(Over, abc.ABC):
         tenant: Whom a request belongs to.
     """
 
-    order: QueueBalancer = attrs.field(factory=Fcfs, kw_only=False)
-    weights: Mapping[Hashable, float] = attrs.field(factory=dict, validator=_positive)
+    order: QueueBalancer = attrs.field(
+        factory=Fcfs, kw_only=False, validator=kind(QueueBalancer)
+    )
+    weights: Mapping[Hashable, float] = attrs.field(factory=dict, validator=weights)
     tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
     ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
 
@@ -112,8 +108,8 @@ class Vtc(Fair):
     2.0
     """
 
-    prompt_weight: float = 1.0
-    output_weight: float = 2.0
+    prompt_weight: float = attrs.field(default=1.0, validator=AMOUNT)
+    output_weight: float = attrs.field(default=2.0, validator=AMOUNT)
 
     def charge(self, request: Request, tokens: float, view: View) -> None:
         tenant = self.tenant(request)
@@ -166,7 +162,7 @@ class Drr(Vtc):
     512.0
     """
 
-    quantum: float = 2048.0
+    quantum: float = attrs.field(default=2048.0, validator=POSITIVE)
 
     def turn(self, flow: Hashable, view: View) -> Any:
         round = self.ledger[flow] // self.quantum
@@ -196,7 +192,7 @@ class Las(Vtc):
     30.0
     """
 
-    half_life: float = 60.0
+    half_life: float = attrs.field(default=60.0, validator=POSITIVE)
     ledger: Ledger = attrs.field(
         factory=lambda: Ledger(lifts=False), init=False, repr=False
     )

@@ -17,6 +17,7 @@ from ..router.interface import Router
 from ..router.seconds import EarliestFirstToken
 from ..types import Request
 from ..view import View
+from .amounts import COUNT, LIMIT, POSITIVE, WAIT, weights
 from .interface import Listener
 from .verdict import Check
 
@@ -51,8 +52,8 @@ class QueueFull(Gate):
     inf
     """
 
-    requests: float = math.inf
-    tokens: float = math.inf
+    requests: float = attrs.field(default=math.inf, validator=WAIT)
+    tokens: float = attrs.field(default=math.inf, validator=WAIT)
 
     def check(self, request: Request, share: float, view: View) -> Check:
         waiting = view.waiting
@@ -92,12 +93,12 @@ class RateLimit(Gate):
     inf
     """
 
-    requests_per_min: float = math.inf
-    tokens_per_min: float = math.inf
-    burst_s: float = 60.0
-    weights: dict[Hashable, float] = attrs.field(factory=dict)
+    requests_per_min: float = attrs.field(default=math.inf, validator=LIMIT)
+    tokens_per_min: float = attrs.field(default=math.inf, validator=LIMIT)
+    burst_s: float = attrs.field(default=60.0, validator=POSITIVE)
+    weights: dict[Hashable, float] = attrs.field(factory=dict, validator=weights)
     tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
-    max_tenants: int = 10_000
+    max_tenants: int = attrs.field(default=10_000, validator=COUNT)
     _buckets: dict[Hashable, _Bucket] = attrs.field(
         factory=dict, init=False, repr=False
     )
@@ -207,7 +208,7 @@ class DeadlineInfeasible(Gate):
         factory=lambda: EarliestFirstToken(decode_weight=0.0), repr=False
     )
     machine: Machine = attrs.field(factory=Machine, repr=False)
-    margin: float = 1.0
+    margin: float = attrs.field(default=1.0, validator=POSITIVE)
 
     def check(self, request: Request, share: float, view: View) -> Check:
         if request.deadline == math.inf:
@@ -248,9 +249,9 @@ class Saturation(Gate):
     10.0
     """
 
-    max_wait_s: float = 10.0
-    max_kv_usage: float = math.inf
-    stale_s: float = 10.0
+    max_wait_s: float = attrs.field(default=10.0, validator=LIMIT)
+    max_kv_usage: float = attrs.field(default=math.inf, validator=LIMIT)
+    stale_s: float = attrs.field(default=10.0, validator=WAIT)
     machine: Machine = attrs.field(factory=Machine, repr=False)
 
     def check(self, request: Request, share: float, view: View) -> Check:

@@ -11,6 +11,7 @@ import numpy as np
 from ..booking import Booking
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
+from .amounts import AMOUNT, POSITIVE
 from .fair import Vtc
 from .interface import Place
 
@@ -93,8 +94,8 @@ class Dlpm(Vtc):
     4096.0
     """
 
-    quantum: float = 8192.0
-    look: int = 8
+    quantum: float = attrs.field(default=8192.0, validator=POSITIVE)
+    look: int = attrs.field(default=8, validator=AMOUNT)
     _relatives: Relatives = attrs.field(init=False, repr=False)
     _moved: list[RequestId] = attrs.field(factory=list, init=False, repr=False)
 
@@ -161,7 +162,7 @@ class D2lpm(Dlpm):
     1024.0
     """
 
-    worker_quantum: float = 16384.0
+    worker_quantum: float = attrs.field(default=16384.0, validator=POSITIVE)
     _had: dict[Hashable, dict[WorkerId, float]] = attrs.field(
         factory=dict, init=False, repr=False
     )

@@ -11,6 +11,7 @@ import attrs
 from ..machines import Machine
 from ..types import Request
 from ..view import Mask, View
+from .amounts import AMOUNT, COUNT, COUNT_IF_ANY
 from .interface import Place, QueueBalancer
 from .verdict import ADMIT, Verdict
 
@@ -28,8 +29,8 @@ class Fcfs(QueueBalancer):
     100000
     """
 
-    max_running: int | None = None
-    max_waiting: int = 100_000
+    max_running: int | None = attrs.field(default=None, validator=COUNT_IF_ANY)
+    max_waiting: int = attrs.field(default=100_000, validator=AMOUNT)
 
     def key(self, request: Request, view: View) -> Any:
         return request.priority
@@ -61,7 +62,7 @@ class ShortestPrefill(Fcfs):
     500.0
     """
 
-    ageing_tokens_per_s: float = 1000.0
+    ageing_tokens_per_s: float = attrs.field(default=1000.0, validator=AMOUNT)
 
     def key(self, request: Request, view: View) -> Any:
         return self._key(request, view, view.now)
@@ -92,7 +93,7 @@ class WeightedShortest(Fcfs):
     worth: Callable[[Request], float] = attrs.field(
         default=lambda request: 2.0**-request.priority, repr=False
     )
-    output_tokens: int = 256
+    output_tokens: int = attrs.field(default=256, validator=COUNT)
 
     def key(self, request: Request, view: View) -> Any:
         output = request.max_new_tokens or self.output_tokens
@@ -120,7 +121,7 @@ class Edf(Fcfs):
     """
 
     machine: Machine = attrs.field(factory=Machine, repr=False)
-    margin_s: float = 0.0
+    margin_s: float = attrs.field(default=0.0, validator=AMOUNT)
 
     def due(self, request: Request, since: float) -> float:
         """Return when the first token should be there, seconds."""

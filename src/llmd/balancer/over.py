@@ -10,6 +10,7 @@ import attrs
 from ..booking import Booking
 from ..types import Request, RequestId
 from ..view import Mask, View
+from .amounts import kind
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .verdict import Verdict
@@ -40,7 +41,7 @@ class Over(QueueBalancer):
     Fcfs(max_running=None, max_waiting=9)
     """
 
-    order: QueueBalancer = attrs.field(factory=Fcfs)
+    order: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
 
     def key(self, request: Request, view: View) -> Any:
         return self.order.key(request, view)

@@ -14,6 +14,7 @@ from ..booking import Booking
 from ..errors import PolicyError
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
+from .amounts import AMOUNT, COUNT, COUNT_IF_ANY, LIMIT, POSITIVE, a_number
 from .interface import Listener
 
 
@@ -57,9 +58,9 @@ class FixedRoom(Room):
     inf
     """
 
-    requests: int | None = None
-    kv_usage: float = math.inf
-    prefill_tokens: float = math.inf
+    requests: int | None = attrs.field(default=None, validator=COUNT_IF_ANY)
+    kv_usage: float = attrs.field(default=math.inf, validator=LIMIT)
+    prefill_tokens: float = attrs.field(default=math.inf, validator=LIMIT)
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         workers = view.workers
@@ -114,15 +115,15 @@ class AimdRoom(Room):
     16
     """
 
-    itl_s: float = math.inf
-    ttft_s: float = math.inf
+    itl_s: float = attrs.field(default=math.inf, validator=LIMIT)
+    ttft_s: float = attrs.field(default=math.inf, validator=LIMIT)
     start: int = 32
     lowest: int = 1
     highest: int = 4096
-    increase: float = 1.0
+    increase: float = attrs.field(default=1.0, validator=POSITIVE)
     decrease: float = 0.8
-    window_s: float = 1.0
-    samples: int = 20
+    window_s: float = attrs.field(default=1.0, validator=POSITIVE)
+    samples: int = attrs.field(default=20, validator=COUNT)
     _paces: dict[WorkerId, _Pace] = attrs.field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -215,9 +216,9 @@ class LongPrefillCap(Room):
     1
     """
 
-    at_once: int = 1
-    long_tokens: int = 4096
-    spare: float = 0.0
+    at_once: int = attrs.field(default=1, validator=COUNT)
+    long_tokens: int = attrs.field(default=4096, validator=AMOUNT)
+    spare: float = attrs.field(default=0.0, validator=a_number(most=1))
     of: Callable[[Request], bool] = attrs.field(
         default=lambda request: True, repr=False
     )
@@ -286,8 +287,8 @@ class PromptBudget(Room):
     8192
     """
 
-    tokens: float = 8192.0
-    window_s: float = 0.1
+    tokens: float = attrs.field(default=8192.0, validator=LIMIT)
+    window_s: float = attrs.field(default=0.1, validator=POSITIVE)
     _filled: dict[WorkerId, tuple[float, float]] = attrs.field(
         factory=dict, init=False, repr=False
     )

@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import InvalidPolicy
 from ..types import Request, WorkerId
 from ..view import Mask, View
+from .amounts import AMOUNT, COUNT
 from .rooms import Room
 
 _REMEMBERED = 4096
@@ -29,8 +30,8 @@ class SlowStart(Room):
     1
     """
 
-    ramp: float = 30.0
-    first: int = 1
+    ramp: float = attrs.field(default=30.0, validator=AMOUNT)
+    first: int = attrs.field(default=1, validator=COUNT)
     _since: dict[WorkerId, float] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -1,0 +1,77 @@
+"""Parameters that make sense, for whatever a balancer is set up with."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import attrs
+
+from ..errors import PolicyError, shown
+
+
+def a_number(
+    least: float = 0.0,
+    *,
+    above: bool = False,
+    most: float = math.inf,
+    endless: bool = False,
+) -> Callable[[Any, Any, Any], None]:
+    """Return a validator: a number of at least *least*, or *above* it.
+
+    Of at most *most*, and finite unless *endless*.  It refuses a NaN and a bool.
+
+    >>> from llmd.balancer import Band
+    >>> Band(max_wait=-1.0)
+    Traceback (most recent call last):
+    ...
+    llmd.errors.PolicyError: Band.max_wait is -1.0, must be a number, at least 0
+    """
+
+    def check(instance: object, field: Any, value: Any) -> None:
+        real: Any = value
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            real = math.nan
+        enough = real > least if above else real >= least
+        if enough and real <= most and (endless or real < math.inf):
+            return
+        must = f"{'above' if above else 'at least'} {least:g}"
+        if most < math.inf:
+            must += f", at most {most:g}"
+        kind = "number" if endless else "finite number"
+        where = f"{type(instance).__name__}.{field.name}"
+        raise PolicyError(f"{where} is {shown(value)}, must be a {kind}, {must}")
+
+    return check
+
+
+AMOUNT = a_number()
+POSITIVE = a_number(above=True)
+LIMIT = a_number(above=True, endless=True)
+WAIT = a_number(endless=True)
+COUNT = a_number(1)
+COUNT_IF_ANY = attrs.validators.optional(COUNT)
+
+
+def weights(instance: object, field: Any, value: Mapping[Hashable, float]) -> None:
+    """Raise unless each weight is a finite number above 0."""
+    for tenant, weight in value.items():
+        known = isinstance(weight, numbers.Real)
+        if not (known and 0 < weight < math.inf):
+            raise PolicyError(
+                f"the weight of {shown(tenant)} is {shown(weight)}, must be positive"
+            )
+
+
+def kind(of: type) -> Callable[[Any, Any, Any], None]:
+    """Return a validator: an object of a kind, not its class, or a tuple of such."""
+
+    def check(instance: object, field: Any, value: Any) -> None:
+        for each in value if isinstance(value, tuple) else (value,):
+            if not isinstance(each, of):
+                where = f"{type(instance).__name__}.{field.name}"
+                raise PolicyError(f"{where}: {shown(each)} is no {of.__name__}")
+
+    return check
