@@ -14,6 +14,7 @@ from .face import fleet, simulate
 from .report import Report, Slo, WorkerLoad
 from .rollout import Rollout
 from .sequence import EngineSettings
+from .shares import Share, Shares, shares
 from .simulator import Crash, Simulator
 from .study import Comparison, compare
 from .worker import ModelWorker
@@ -29,6 +30,8 @@ __all__ = [
     "ModelWorker",
     "Report",
     "Rollout",
+    "Share",
+    "Shares",
     "Simulator",
     "Slo",
     "WorkerLoad",
@@ -38,6 +41,7 @@ __all__ = [
     "compare",
     "fleet",
     "plots",
+    "shares",
     "simulate",
     "traces",
     "workloads",

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..types import WorkerId
 from ..view import Floats, Ints, Mask
+from .bootstrap import percentile_of
 from .tables import html_table, name_of, table_lines
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Report:
         policy: Name of what routed.
         workload: Name of what arrived.
         ids: Request ids in order of the workload.
+        tenants: Whose each was; *priorities* likewise.
         arrived: When each arrived.
         dispatched: When it was last sent to a worker.
         first: When its answer began.
@@ -103,6 +105,8 @@ class Report:
     policy: str
     workload: str
     ids: tuple[str, ...]
+    tenants: tuple[str, ...]
+    priorities: Ints
     arrived: Floats
     dispatched: Floats
     first: Floats
@@ -183,15 +187,15 @@ class Report:
 
     def ttft(self, percentile: float) -> float:
         """Return a percentile of the times to first token."""
-        return _percentile(self.ttfts, percentile)
+        return percentile_of(percentile)(self.ttfts)
 
     def tpot(self, percentile: float) -> float:
         """Return a percentile, over requests, of the times per token."""
-        return _percentile(self.tpots, percentile)
+        return percentile_of(percentile)(self.tpots)
 
     def e2e(self, percentile: float) -> float:
         """Return a percentile of the times to the end."""
-        return _percentile(self.e2es, percentile)
+        return percentile_of(percentile)(self.e2es)
 
     def itl(self, percentile: float) -> float:
         """Return a percentile of single gaps between tokens.
@@ -282,8 +286,8 @@ class Report:
             return True
         waits = self.ttfts[np.argsort(self.arrived, kind="stable")]
         quarter = max(len(waits) // 4, 1)
-        early = _percentile(waits[quarter : 2 * quarter], 50)
-        late = _percentile(waits[-quarter:], 50)
+        early = percentile_of(50)(waits[quarter : 2 * quarter])
+        late = percentile_of(50)(waits[-quarter:])
         return late > 1.5 * early and late > early + 1.0
 
     def summary(self) -> dict[str, float]:
@@ -297,7 +301,7 @@ class Report:
         figures["output_tokens_per_s"] = self.throughput
         for name in ("hit_rate", "utilisation", "imbalance", "worker_hours"):
             figures[name] = getattr(self, name)
-        figures["queue_p90_s"] = _percentile(self.queue_s, 90)
+        figures["queue_p90_s"] = percentile_of(90)(self.queue_s)
         figures["preemptions"] = self.preemptions
         return figures
 
@@ -375,19 +379,18 @@ def _columns(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     columns: dict[str, Any] = {"ids": tuple([o.job.id for o in rows])}
     for name in ("arrived", "dispatched", "first", "ended"):
         columns[name] = np.array([getattr(o, name) for o in rows], dtype=np.float64)
-    prompts = [o.job.request.prompt_tokens for o in rows]
-    columns["prompt_tokens"] = np.array(prompts, dtype=np.int64)
-    cached = [o.cached_tokens for o in rows]
-    columns["cached_tokens"] = np.array(cached, dtype=np.int64)
-    columns["output_tokens"] = np.array([o.generated for o in rows], dtype=np.int64)
+    counts = {
+        "priorities": [o.job.request.priority for o in rows],
+        "prompt_tokens": [o.job.request.prompt_tokens for o in rows],
+        "cached_tokens": [o.cached_tokens for o in rows],
+        "output_tokens": [o.generated for o in rows],
+    }
+    for name, values in counts.items():
+        columns[name] = np.array(values, dtype=np.int64)
+    columns["tenants"] = tuple([o.job.request.tenant for o in rows])
     columns["worker"] = tuple([o.worker for o in rows])
     columns["status"] = tuple([o.status for o in rows])
     return columns
-
-
-def _percentile(values: Floats, percentile: float) -> float:
-    known = values[~np.isnan(values)]
-    return float(np.percentile(known, percentile)) if len(known) else math.nan
 
 
 def _number(value: Any) -> Any:
