@@ -11,6 +11,7 @@ cannot import, so nothing but the lock may choose versions there.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,16 +130,13 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build the wheel and import it where nothing else is."""
+    """Build the wheel and import it, compiled loops too, where nothing else is."""
+    out = Path("build", "dist").absolute()
+    shutil.rmtree(out, ignore_errors=True)
     session.install("build", "twine")
-    session.run("python", "-m", "build", "--outdir", "build/dist")
-    wheel = f"build/dist/llmd_scheduler-{version()}-py3-none-any.whl"
-    session.run("twine", "check", wheel)
-    session.install("--force-reinstall", wheel)
-    session.run("python", "-c", "import llmd; print(llmd.__version__)")
-
-
-def version() -> str:
-    """Return the version that pyproject.toml names."""
-    project = nox.project.load_toml("pyproject.toml")["project"]
-    return str(project["version"])
+    session.run("python", "-m", "build", "--outdir", str(out))
+    (wheel,) = out.glob("llmd_scheduler-*.whl")
+    session.run("twine", "check", *map(str, out.iterdir()))
+    session.install("--force-reinstall", str(wheel))
+    session.chdir(out)  # away from the sources
+    session.run("python", "-c", "from llmd.native import loops; print(loops.fold)")
