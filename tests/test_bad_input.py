@@ -214,3 +214,20 @@ def test_errors_name_a_policy_and_do_not_print_all_of_it():
     with pytest.raises(PolicyError, match=r"Verbose\(settings") as caught:
         cluster.balancer = Verbose()
     assert max(len(str(failed.error)), len(str(caught.value))) < 700
+
+
+@pytest.mark.parametrize("name", ["router", "balancer", "index", "autoscaler"])
+@pytest.mark.parametrize("value", ["LeastLoaded", object(), int])
+def test_a_policy_is_an_object_of_its_kind(name, value):
+    with pytest.raises(PolicyError, match="is no "):
+        llmd.Cluster(**{name: value})
+    cluster = llmd.Cluster()
+    before = getattr(cluster, name)
+    with pytest.raises(PolicyError, match="is no "):
+        setattr(cluster, name, value)
+    assert getattr(cluster, name) is before
+
+
+def test_a_class_is_no_policy():
+    with pytest.raises(PolicyError, match="is no Router"):
+        llmd.Cluster(router=llmd.LeastLoaded)

@@ -45,14 +45,26 @@ from .view import View
 from .waiting import LaneName, WaitingRequests
 
 
+def _a(kind: type, *, optional: bool = False) -> Any:
+    """Return a validator: an object of a kind, as its class is easily given."""
+
+    def check(core: Core, field: attrs.Attribute[Any], value: object) -> None:
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise PolicyError(f"{shown(value)} is no {kind.__name__}")
+
+    return check
+
+
 @attrs.define(eq=False)
 class Core:
     """Policies, books and queue of a cluster; see `Cluster` for its face."""
 
-    router: Router = attrs.field(factory=LeastDelay)
-    _balancer: QueueBalancer = attrs.field(factory=Fcfs)
-    autoscaler: Autoscaler | None = None
-    index: PrefixIndex = attrs.field(factory=ExactIndex)
+    router: Router = attrs.field(factory=LeastDelay, validator=_a(Router))
+    _balancer: QueueBalancer = attrs.field(factory=Fcfs, validator=_a(QueueBalancer))
+    autoscaler: Autoscaler | None = attrs.field(
+        default=None, validator=_a(Autoscaler, optional=True)
+    )
+    index: PrefixIndex = attrs.field(factory=ExactIndex, validator=_a(PrefixIndex))
     max_attempts: int = 3
     seed: int = 0
 

@@ -33,7 +33,7 @@ BAD = [
     (b.Band, "max_tokens", [NAN]),
     (b.Band, "ceiling", [0, 1.5, NAN]),
     (partial(b.Bands, [b.Band()]), "every", [0]),
-    (b.Fcfs, "max_running", [0]),
+    (b.Fcfs, "max_running", [-1, NAN]),
     (b.Fcfs, "max_waiting", [-1]),
     (b.ShortestPrefill, "ageing_tokens_per_s", [NAN, -1]),
     (b.Edf, "margin_s", [NAN]),
@@ -81,6 +81,7 @@ def test_edges_are_taken():
     b.QueueFull(requests=math.inf, tokens=0)
     b.Band(max_wait=0, max_requests=0, ceiling=1)
     b.Fcfs(max_running=np.int64(3))
+    b.Fcfs(max_running=0)
     b.FixedRoom(requests=1, kv_usage=np.float32(0.5))
     b.Vtc(prompt_weight=0, output_weight=0)
     b.LongPrefillCap(spare=1)

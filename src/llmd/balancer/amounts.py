@@ -52,6 +52,7 @@ POSITIVE = a_number(above=True)
 LIMIT = a_number(above=True, endless=True)
 WAIT = a_number(endless=True)
 COUNT = a_number(1)
+AMOUNT_IF_ANY = attrs.validators.optional(AMOUNT)
 COUNT_IF_ANY = attrs.validators.optional(COUNT)
 
 

@@ -11,7 +11,7 @@ import attrs
 from ..machines import Machine
 from ..types import Request
 from ..view import Mask, View
-from .amounts import AMOUNT, COUNT, COUNT_IF_ANY
+from .amounts import AMOUNT, AMOUNT_IF_ANY, COUNT
 from .interface import Place, QueueBalancer
 from .verdict import ADMIT, Verdict
 
@@ -21,15 +21,15 @@ class Fcfs(QueueBalancer):
     """First come, first served, within a priority.
 
     Attributes:
-        max_running: Requests running at once on each worker; None leaves it
-            to what each batches at once.
+        max_running: Requests running at once on each worker, 0 to hold them
+            all; None leaves it to what each batches at once.
         max_waiting: Requests waiting at once, in all.
 
     >>> Fcfs(max_running=8).max_waiting
     100000
     """
 
-    max_running: int | None = attrs.field(default=None, validator=COUNT_IF_ANY)
+    max_running: int | None = attrs.field(default=None, validator=AMOUNT_IF_ANY)
     max_waiting: int = attrs.field(default=100_000, validator=AMOUNT)
 
     def key(self, request: Request, view: View) -> Any:
