@@ -3,6 +3,7 @@
 import pathlib
 import random
 import runpy
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,38 @@ def test_accounts_are_few_again_after_a_flood_of_tenants(shop):
     for number in range(400):
         sim.end(sim.arrive(f"n{number}", 5))
     assert len(accounts) <= 11
+
+
+def request(tenant):
+    return llmd.Request(id=f"r{tenant}", prompt=[1], tenant=tenant)
+
+
+def test_idle_accounts_go_soon_whoever_comes_next():
+    accounts, view = b.Accounts(most=1000), SimpleNamespace(now=0.0)
+    flood = [request(f"f{number}") for number in range(5000)]
+    for each in flood:
+        accounts.queued(each, view)
+    # Those that still wait are the oldest, and in the way.
+    for each in flood[500:]:
+        accounts.unqueued(each, view)
+    returns = request("f0")
+    for _ in range(5000 // 16):
+        accounts.queued(returns, view)
+        accounts.unqueued(returns, view)
+    assert len(accounts) == 1000
+    assert all(accounts[each.tenant].waiting for each in flood[:500])
+
+
+def test_busy_accounts_stay_and_idle_ones_among_them_go():
+    accounts, view = b.Accounts(most=10), SimpleNamespace(now=0.0)
+    for number in range(300):
+        accounts.queued(request(f"busy{number}"), view)
+    for number in range(2000):
+        accounts.queued(request(f"n{number}"), view)
+        accounts.unqueued(request(f"n{number}"), view)
+        # One round over the busy ones is 300 / 16 arrivals.
+        assert len(accounts) <= 300 + 2 * 300 // 16
+    assert sum(account.waiting for _, account in accounts.items()) == 300
 
 
 def test_metrics_tell_of_tenants_and_bands(shop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from operator import attrgetter
 
@@ -11,11 +12,13 @@ import attrs
 from ..booking import Booking
 from ..types import Request
 from ..view import View
-from .amounts import AMOUNT, COUNT
+from .amounts import AMOUNT, COUNT_LIMIT
 from .interface import Listener
 from .ledger import Ledger
 
 _STEPS_A_DOUBLING = 8
+_LOOKS = 16
+"""Accounts that an arrival looks at when there are too many."""
 
 
 @attrs.define(eq=False)
@@ -113,8 +116,8 @@ class Accounts(Listener):
     """An account for each tenant, or whatever *by* tells apart.
 
     Each hook is O(1) but for the service gap's O(log t).  Beyond *most*
-    accounts, the one idle longest is closed into `others`; one more than
-    that is only kept while something of it is in flight.
+    accounts, each arrival closes idle ones among the oldest into `others`, so
+    that they are soon as few again as what is in flight lets them be.
 
     Attributes:
         by: Whom a request belongs to.
@@ -130,11 +133,14 @@ class Accounts(Listener):
     by: Callable[[Request], Hashable] = attrs.field(
         default=attrgetter("tenant"), repr=False
     )
-    most: int = attrs.field(default=1000, validator=COUNT)
+    most: float = attrs.field(default=1000, validator=COUNT_LIMIT)
     prompt_weight: float = attrs.field(default=1.0, validator=AMOUNT)
     output_weight: float = attrs.field(default=2.0, validator=AMOUNT)
     others: Account = attrs.field(factory=Account, init=False)
-    _accounts: dict[Hashable, Account] = attrs.field(factory=dict, init=False)
+    # The first of a plain dict is behind the holes of all that left before it.
+    _accounts: OrderedDict[Hashable, Account] = attrs.field(
+        factory=OrderedDict, init=False
+    )
     _ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
 
     def __getitem__(self, tenant: Hashable) -> Account:
@@ -167,6 +173,7 @@ class Accounts(Listener):
         tenant = self.by(request)
         self._account(tenant).waiting += 1
         self._ledger.open(tenant)
+        self._close_idle()
 
     def unqueued(self, request: Request, view: View) -> None:
         tenant = self.by(request)
@@ -194,25 +201,23 @@ class Accounts(Listener):
     def _account(self, tenant: Hashable) -> Account:
         account = self._accounts.get(tenant)
         if account is None:
-            # Two for each new one, so that after a flood they shrink again.
-            for _ in range(2):
-                if len(self._accounts) >= self.most:
-                    self._close_one()
             account = self._accounts[tenant] = Account()
         return account
 
-    def _close_one(self) -> None:
-        """Close the first idle account among the oldest few."""
-        for tenant in list(self._accounts)[:8]:
-            account = self._accounts.pop(tenant)
-            if account.idle:
-                for name in (
-                    "dispatched",
-                    "prompt_tokens",
-                    "cached_tokens",
-                    "output_tokens",
-                ):
-                    total = getattr(self.others, name) + getattr(account, name)
-                    setattr(self.others, name, total)
+    def _close_idle(self) -> None:
+        """Close idle accounts among the oldest few while there are too many."""
+        for _ in range(_LOOKS):
+            if len(self._accounts) <= self.most:
                 return
-            self._accounts[tenant] = account
+            tenant, account = next(iter(self._accounts.items()))
+            if account.idle:
+                del self._accounts[tenant]
+                self._add_to_others(account)
+            else:
+                # Behind all others, so that it is not in the way next time.
+                self._accounts.move_to_end(tenant)
+
+    def _add_to_others(self, account: Account) -> None:
+        for name in ("dispatched", "prompt_tokens", "cached_tokens", "output_tokens"):
+            total = getattr(self.others, name) + getattr(account, name)
+            setattr(self.others, name, total)

@@ -21,7 +21,8 @@ def a_number(
 ) -> Callable[[Any, Any, Any], None]:
     """Return a validator: a number of at least *least*, or *above* it.
 
-    Of at most *most*, and finite unless *endless*.  It refuses a NaN and a bool.
+    Of at most *most*, and finite unless *endless*.  It refuses a NaN, a bool and,
+    where it must be finite, whole numbers too large for a float.
 
     >>> from llmd.balancer import Band
     >>> Band(max_wait=-1.0)
@@ -31,9 +32,7 @@ def a_number(
     """
 
     def check(instance: object, field: Any, value: Any) -> None:
-        real: Any = value
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            real = math.nan
+        real = _real(value)
         enough = real > least if above else real >= least
         if enough and real <= most and (endless or real < math.inf):
             return
@@ -47,22 +46,35 @@ def a_number(
     return check
 
 
+def _real(value: Any) -> float:
+    """Return a number as a float, infinite if too large; NaN of anything else."""
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        return float(value) if known else math.nan
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 AMOUNT = a_number()
 POSITIVE = a_number(above=True)
 LIMIT = a_number(above=True, endless=True)
 WAIT = a_number(endless=True)
 COUNT = a_number(1)
-AMOUNT_IF_ANY = attrs.validators.optional(AMOUNT)
-COUNT_IF_ANY = attrs.validators.optional(COUNT)
+WAIT_IF_ANY = attrs.validators.optional(WAIT)
+COUNT_LIMIT = a_number(1, endless=True)
+COUNT_LIMIT_IF_ANY = attrs.validators.optional(COUNT_LIMIT)
 
 
 def weights(instance: object, field: Any, value: Mapping[Hashable, float]) -> None:
     """Raise unless each weight is a finite number above 0."""
+    where = f"{type(instance).__name__}.{field.name}"
+    if not isinstance(value, Mapping):
+        raise PolicyError(f"{where} is {shown(value)}, must be a mapping")
     for tenant, weight in value.items():
-        known = isinstance(weight, numbers.Real)
-        if not (known and 0 < weight < math.inf):
+        if not 0 < _real(weight) < math.inf:
             raise PolicyError(
-                f"the weight of {shown(tenant)} is {shown(weight)}, must be positive"
+                f"{where}: the weight of {shown(tenant)} is {shown(weight)},"
+                " must be a finite number, above 0"
             )
 
 

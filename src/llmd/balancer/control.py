@@ -47,7 +47,11 @@ class FlowControl(Over):
     rooms: tuple[Room, ...] = attrs.field(
         default=(), converter=tuple, validator=kind(Room)
     )
-    accounts: Accounts | None = attrs.field(factory=Accounts, repr=False)
+    accounts: Accounts | None = attrs.field(
+        factory=Accounts,
+        validator=attrs.validators.optional(kind(Accounts)),
+        repr=False,
+    )
     _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False)
     # Who presses, and the worker that is kept for it.
     _kept: tuple[RequestId, WorkerId] = attrs.field(default=("", ""), init=False)

@@ -17,7 +17,7 @@ from ..router.interface import Router
 from ..router.seconds import EarliestFirstToken
 from ..types import Request
 from ..view import View
-from .amounts import COUNT, LIMIT, POSITIVE, WAIT, weights
+from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, kind, weights
 from .interface import Listener
 from .verdict import Check
 
@@ -98,16 +98,18 @@ class RateLimit(Gate):
     burst_s: float = attrs.field(default=60.0, validator=POSITIVE)
     weights: dict[Hashable, float] = attrs.field(factory=dict, validator=weights)
     tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
-    max_tenants: int = attrs.field(default=10_000, validator=COUNT)
+    max_tenants: int = attrs.field(default=10_000, validator=COUNT_LIMIT)
     _buckets: dict[Hashable, _Bucket] = attrs.field(
         factory=dict, init=False, repr=False
     )
 
     def __attrs_post_init__(self) -> None:
-        if self.requests_per_min * self.burst_s < 60.0:
+        least = min(self.weights.values(), default=1.0)
+        holds = self.requests_per_min * self.burst_s / 60.0 * min(least, 1.0)
+        if holds < 1.0 - 1e-9:
             raise PolicyError(
-                f"{type(self).__name__} never holds a whole request:"
-                f" {self.requests_per_min} requests/min for {self.burst_s} s"
+                f"{type(self).__name__}.requests_per_min is {self.requests_per_min}:"
+                f" the smallest bucket holds {holds:g} requests, must hold 1"
             )
 
     def check(self, request: Request, share: float, view: View) -> Check:
@@ -205,9 +207,11 @@ class DeadlineInfeasible(Gate):
     """
 
     router: Router = attrs.field(
-        factory=lambda: EarliestFirstToken(decode_weight=0.0), repr=False
+        factory=lambda: EarliestFirstToken(decode_weight=0.0),
+        validator=kind(Router),
+        repr=False,
     )
-    machine: Machine = attrs.field(factory=Machine, repr=False)
+    machine: Machine = attrs.field(factory=Machine, validator=kind(Machine), repr=False)
     margin: float = attrs.field(default=1.0, validator=POSITIVE)
 
     def check(self, request: Request, share: float, view: View) -> Check:
@@ -252,7 +256,7 @@ class Saturation(Gate):
     max_wait_s: float = attrs.field(default=10.0, validator=LIMIT)
     max_kv_usage: float = attrs.field(default=math.inf, validator=LIMIT)
     stale_s: float = attrs.field(default=10.0, validator=WAIT)
-    machine: Machine = attrs.field(factory=Machine, repr=False)
+    machine: Machine = attrs.field(factory=Machine, validator=kind(Machine), repr=False)
 
     def check(self, request: Request, share: float, view: View) -> Check:
         workers = view.only(view.workers.ready()).workers

@@ -11,7 +11,7 @@ import attrs
 from ..machines import Machine
 from ..types import Request
 from ..view import Mask, View
-from .amounts import AMOUNT, AMOUNT_IF_ANY, COUNT
+from .amounts import AMOUNT, COUNT, WAIT, WAIT_IF_ANY, kind
 from .interface import Place, QueueBalancer
 from .verdict import ADMIT, Verdict
 
@@ -29,8 +29,8 @@ class Fcfs(QueueBalancer):
     100000
     """
 
-    max_running: int | None = attrs.field(default=None, validator=AMOUNT_IF_ANY)
-    max_waiting: int = attrs.field(default=100_000, validator=AMOUNT)
+    max_running: int | None = attrs.field(default=None, validator=WAIT_IF_ANY)
+    max_waiting: int = attrs.field(default=100_000, validator=WAIT)
 
     def key(self, request: Request, view: View) -> Any:
         return request.priority
@@ -120,7 +120,7 @@ class Edf(Fcfs):
     0.05
     """
 
-    machine: Machine = attrs.field(factory=Machine, repr=False)
+    machine: Machine = attrs.field(factory=Machine, validator=kind(Machine), repr=False)
     margin_s: float = attrs.field(default=0.0, validator=AMOUNT)
 
     def due(self, request: Request, since: float) -> float:

@@ -14,7 +14,15 @@ from ..booking import Booking
 from ..errors import PolicyError
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
-from .amounts import AMOUNT, COUNT, COUNT_IF_ANY, LIMIT, POSITIVE, a_number
+from .amounts import (
+    COUNT,
+    COUNT_LIMIT,
+    COUNT_LIMIT_IF_ANY,
+    LIMIT,
+    POSITIVE,
+    WAIT,
+    a_number,
+)
 from .interface import Listener
 
 
@@ -58,7 +66,7 @@ class FixedRoom(Room):
     inf
     """
 
-    requests: int | None = attrs.field(default=None, validator=COUNT_IF_ANY)
+    requests: int | None = attrs.field(default=None, validator=COUNT_LIMIT_IF_ANY)
     kv_usage: float = attrs.field(default=math.inf, validator=LIMIT)
     prefill_tokens: float = attrs.field(default=math.inf, validator=LIMIT)
 
@@ -216,8 +224,8 @@ class LongPrefillCap(Room):
     1
     """
 
-    at_once: int = attrs.field(default=1, validator=COUNT)
-    long_tokens: int = attrs.field(default=4096, validator=AMOUNT)
+    at_once: int = attrs.field(default=1, validator=COUNT_LIMIT)
+    long_tokens: int = attrs.field(default=4096, validator=WAIT)
     spare: float = attrs.field(default=0.0, validator=a_number(most=1))
     of: Callable[[Request], bool] = attrs.field(
         default=lambda request: True, repr=False
@@ -287,7 +295,7 @@ class PromptBudget(Room):
     8192
     """
 
-    tokens: float = attrs.field(default=8192.0, validator=LIMIT)
+    tokens: float = attrs.field(default=8192.0, validator=POSITIVE)
     window_s: float = attrs.field(default=0.1, validator=POSITIVE)
     _filled: dict[WorkerId, tuple[float, float]] = attrs.field(
         factory=dict, init=False, repr=False

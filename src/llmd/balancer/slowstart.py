@@ -5,10 +5,9 @@ from __future__ import annotations
 import attrs
 import numpy as np
 
-from ..errors import InvalidPolicy
 from ..types import Request, WorkerId
 from ..view import Mask, View
-from .amounts import AMOUNT, COUNT
+from .amounts import COUNT, POSITIVE
 from .rooms import Room
 
 _REMEMBERED = 4096
@@ -30,13 +29,9 @@ class SlowStart(Room):
     1
     """
 
-    ramp: float = attrs.field(default=30.0, validator=AMOUNT)
+    ramp: float = attrs.field(default=30.0, validator=POSITIVE)
     first: int = attrs.field(default=1, validator=COUNT)
     _since: dict[WorkerId, float] = attrs.field(factory=dict, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        if self.ramp <= 0 or self.first < 1:
-            raise InvalidPolicy("ramp must be positive and first at least 1")
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         workers, since = view.workers, self._since
