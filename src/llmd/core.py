@@ -21,6 +21,7 @@ from sortedcontainers import SortedList
 from . import commands as c
 from .autoscaler import Autoscaler
 from .balancer import Fcfs, QueueBalancer
+from .balancer.amounts import kind
 from .booking import Booking
 from .books import Books
 from .dispatching import dispatch
@@ -45,26 +46,16 @@ from .view import View
 from .waiting import LaneName, WaitingRequests
 
 
-def _a(kind: type, *, optional: bool = False) -> Any:
-    """Return a validator: an object of a kind, as its class is easily given."""
-
-    def check(core: Core, field: attrs.Attribute[Any], value: object) -> None:
-        if not (isinstance(value, kind) or (optional and value is None)):
-            raise PolicyError(f"{shown(value)} is no {kind.__name__}")
-
-    return check
-
-
 @attrs.define(eq=False)
 class Core:
     """Policies, books and queue of a cluster; see `Cluster` for its face."""
 
-    router: Router = attrs.field(factory=LeastDelay, validator=_a(Router))
-    _balancer: QueueBalancer = attrs.field(factory=Fcfs, validator=_a(QueueBalancer))
+    router: Router = attrs.field(factory=LeastDelay, validator=kind(Router))
+    _balancer: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
     autoscaler: Autoscaler | None = attrs.field(
-        default=None, validator=_a(Autoscaler, optional=True)
+        default=None, validator=attrs.validators.optional(kind(Autoscaler))
     )
-    index: PrefixIndex = attrs.field(factory=ExactIndex, validator=_a(PrefixIndex))
+    index: PrefixIndex = attrs.field(factory=ExactIndex, validator=kind(PrefixIndex))
     max_attempts: int = 3
     seed: int = 0
 

@@ -242,3 +242,30 @@ def test_work_that_goes_later_keeps_nobody_out(gate):
     assert waiting > 10
     shop.arrive("chat", deadline=5.0)
     assert [*shop.failed] == [f"batch{waiting - 1}"]
+
+
+def test_another_worker_is_kept_when_the_one_that_was_leaves():
+    flow = b.FlowControl(
+        b.Bands([b.Band(), b.Band(max_wait=1.0)], every=1),
+        rooms=[b.FixedRoom(prefill_tokens=2048), b.LongPrefillCap(long_tokens=2000)],
+    )
+    cluster = llmd.Cluster(balancer=flow)
+    for id in "ab":
+        cluster.handle(e.WorkerJoined(0.0, llmd.Worker(id=id, max_running=64)))
+    for number in range(6):
+        request = llmd.Request(id=f"chat{number}", prompt=range(2000))
+        cluster.handle(e.RequestArrived(0.0, request))
+    long = llmd.Request(id="long", prompt=range(6000), priority=1)
+    cluster.handle(e.RequestArrived(0.0, long))
+    for at in (2.0, 2.1):  # it is overdue, then it is its turn
+        cluster.handle(e.Tick(at))
+    first = flow._kept[1]
+    assert flow._kept[0] == "long"
+    cluster.handle(e.WorkerLeft(3.0, first))
+    cluster.handle(e.Tick(3.0))
+    assert flow._kept == ("long", "b" if first == "a" else "a")
+
+
+def test_a_tuple_of_policies_is_no_policy():
+    with pytest.raises(PolicyError, match="order"):
+        b.FlowControl((b.Vtc(),))

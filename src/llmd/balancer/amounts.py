@@ -79,12 +79,11 @@ def weights(instance: object, field: Any, value: Mapping[Hashable, float]) -> No
 
 
 def kind(of: type) -> Callable[[Any, Any, Any], None]:
-    """Return a validator: an object of a kind, not its class, or a tuple of such."""
+    """Return a validator: an object of a kind, as its class is easily given."""
 
     def check(instance: object, field: Any, value: Any) -> None:
-        for each in value if isinstance(value, tuple) else (value,):
-            if not isinstance(each, of):
-                where = f"{type(instance).__name__}.{field.name}"
-                raise PolicyError(f"{where}: {shown(each)} is no {of.__name__}")
+        if not isinstance(value, of):
+            where = f"{type(instance).__name__}.{field.name}"
+            raise PolicyError(f"{where}: {shown(value)} is no {of.__name__}")
 
     return check

@@ -42,10 +42,14 @@ class FlowControl(Over):
     """
 
     gates: tuple[Gate, ...] = attrs.field(
-        default=(), converter=tuple, validator=kind(Gate)
+        default=(),
+        converter=tuple,
+        validator=attrs.validators.deep_iterable(kind(Gate)),
     )
     rooms: tuple[Room, ...] = attrs.field(
-        default=(), converter=tuple, validator=kind(Room)
+        default=(),
+        converter=tuple,
+        validator=attrs.validators.deep_iterable(kind(Room)),
     )
     accounts: Accounts | None = attrs.field(
         factory=Accounts,
@@ -101,7 +105,8 @@ class FlowControl(Over):
                 open[workers.ids.index(self._kept[1])] = False
             return room_among(self.order, request, view, open)
         room = room_among(self.order, request, view, open)
-        if not room.any() and self._kept[0] != pressing and len(workers.ids):
+        kept = self._kept[0] == pressing and self._kept[1] in workers.ids
+        if not room.any() and not kept and len(workers.ids):
             row = int(np.argmin(workers.prefill_tokens))
             self._kept = pressing, workers.ids[row]
         return room

@@ -257,7 +257,7 @@ def held(endpoint: Endpoint) -> Mapping[str, int]:
         **endpoint.outbox.counts,
         "offers": len(sources.offers),
         "fetches": len(targets.fetches),
-        "writes": len(sources.flying) + len(sources.loose),
+        "writes": len(sources.flying) + sources.loose_writes,
         "quarantined_blocks": len(targets.taken),
         "peers": len(endpoint.peers),
     }

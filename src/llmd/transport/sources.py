@@ -148,6 +148,11 @@ class Sources:
                 outgoing.flying.clear()
             self.fail(outgoing, reason, now)
 
+    @property
+    def loose_writes(self) -> int:
+        """Writes that were let go of and may still land."""
+        return sum(len(loose.tokens) for loose in self.loose.values())
+
     def writing_to(self) -> set[PeerId]:
         """Return the peers that a write may still reach."""
         peers = {loose.peer for loose in self.loose.values()}

@@ -34,9 +34,9 @@ from .slab import Slab
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# On a GPU a piece costs 0.3 ms of protocol and checksum, in which 128 MiB are
-# written; on a CPU pieces that stay in the cache between checksum and copy are
-# fastest.
+# On a GPU the largest that still overlaps checks and writes was fastest, see
+# docs/explanation/kv-on-a-gpu.md; on a CPU pieces that stay in the cache between
+# checksum and copy are.
 _SETTINGS = {
     "DRAM": Settings(),
     "VRAM": Settings(piece_bytes=1 << 27, writes_in_flight=8),
