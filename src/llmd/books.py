@@ -51,15 +51,18 @@ class Books:
         return booking
 
     def book(self, booking: Booking) -> None:
-        """Book a request on its workers; one that streamed is never booked."""
+        """Book a request on its workers, anew or as it was when released."""
         id = booking.request.id
         self._bookings[id] = booking
+        lasting = booking.streamed and not booking.request.resumable
         for worker in booking.workers:
             self._held[worker][id] = None
-            if booking.request.sheddable:
+            if booking.request.sheddable and not lasting:
                 self._sheddable[worker][id] = None
             self._add(worker, "running_requests", 1)
             self._add(worker, "waiting_requests", 1)
+        if booking.streamed:
+            self._add(booking.decision.decode, "waiting_requests", -1)
         self._add(booking.decision.first, "prefill_tokens", booking.prefill_tokens)
         self._add(booking.decision.decode, "context_tokens", booking.context_tokens)
 

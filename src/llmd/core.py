@@ -236,7 +236,7 @@ class Core:
         """Tell the policies that a booking is over."""
         if not booking.streamed:
             for worker in booking.workers:
-                self.index.settle(worker, booking.request, None, self.view.now)
+                self.index.revoke(worker, booking.request, self.view.now)
         self.waiting.tell(self.balancer.ended, booking, self.view)
         self.waiting.tell(self._touch, booking.request)
 

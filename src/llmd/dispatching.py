@@ -12,7 +12,7 @@ from .booking import Booking
 from .decision import Decision
 from .errors import PolicyError, policy_error, shown
 from .lane import Entry
-from .types import Request, WorkerId
+from .types import Request, RequestId, WorkerId
 from .view import Mask, View
 from .waiting import LaneName
 
@@ -126,27 +126,42 @@ def _room(core: Core, request: Request, view: View) -> Mask:
 def _shed(core: Core, entry: Entry) -> tuple[Decision | None, list[c.Command]]:
     """Find a place for a request where less urgent work makes room for it.
 
-    Tries the newest such booking of each worker, which lost the least; one
-    that makes no room is left as it was.
+    The newest such booking of each worker, which lost the least, is taken out of
+    the books, the router chooses among all that have room then, and those it did
+    not choose are put back as they were.
     """
-    request = entry.request
-    for worker in core.view.workers.ids:
-        for booking in core.books.sheddable(worker):
-            if not core.balancer.yields(booking, request, core.view):
-                continue
-            core.books.release(booking)
-            try:
-                decision = _place(core, entry)
-            except BaseException:
-                core.books.book(booking)
-                raise
-            if decision is None:
-                core.books.book(booking)
-                break
+    victims = _yielding(core, entry.request)
+    if not victims:
+        return None, []
+    for booking in victims:
+        core.books.release(booking)
+    try:
+        decision = _place(core, entry)
+    except BaseException:
+        for booking in victims:
+            core.books.book(booking)
+        raise
+    chosen = () if decision is None else (decision.first, decision.decode)
+    commands: list[c.Command] = []
+    for booking in victims:
+        if any(worker in chosen for worker in booking.workers):
             aborts = [c.Abort(w, booking.request.id) for w in booking.workers]
             core.settle(booking)
-            return decision, [*aborts, core.requeue(booking, booking.attempts)]
-    return None, []
+            commands += [*aborts, core.requeue(booking, booking.attempts)]
+        else:
+            core.books.book(booking)
+    return decision, commands
+
+
+def _yielding(core: Core, request: Request) -> list[Booking]:
+    """Return the newest booking of each worker that makes place for *request*."""
+    victims: dict[RequestId, Booking] = {}
+    for worker in core.view.workers.ids:
+        for booking in core.books.sheddable(worker):
+            if core.balancer.yields(booking, request, core.view):
+                victims[booking.request.id] = booking
+                break
+    return [*victims.values()]
 
 
 def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:

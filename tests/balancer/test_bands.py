@@ -190,6 +190,40 @@ def test_nothing_is_shed_in_vain(shop):
     assert sim.cluster.view.workers.prefill_tokens.tolist() == [50]
 
 
+def test_what_has_answered_is_as_it_was_if_it_is_not_shed(shop):
+    rooms = [b.PromptBudget(tokens=10.0, window_s=1.0)]
+    sim = shop(b.FlowControl(bands(), rooms=rooms), places=2)
+    batch = {"priority": 1, "sheddable": True, "resumable": True}
+    sim.token(sim.arrive(prompt=50, id="batch", **batch))
+    before = sim.cluster.view.workers.loads.copy()
+    sim.arrive(prompt=5, priority=0, id="chat")
+    assert sim.shed == []
+    assert (sim.cluster.view.workers.loads == before).all()
+    sim.end("batch")
+    sim.cancel("chat")
+    assert not sim.cluster.view.workers.loads.any()
+
+
+def test_the_router_chooses_who_makes_place(shop):
+    sim = shop(bands(), places=2, workers=3)
+    batch = {"priority": 1, "sheddable": True}
+    # Two on each worker, and the least to compute is on that of "0.small".
+    for row, tokens in enumerate([4000, 3000, 2000, 4000, 3000, 10]):
+        sim.arrive(prompt=tokens, id=f"{row}", **batch)
+    where = dict(sim.where)
+    before = sim.cluster.view.workers.running_requests.tolist()
+    sim.arrive(prompt=100, priority=0, id="chat")
+    [shed] = sim.shed
+    assert sim.where["chat"] == where[shed]
+    left = dict.fromkeys(where.values(), 0)
+    for id, tokens in zip(where, [4000, 3000, 2000, 4000, 3000, 10], strict=True):
+        # The newest of each worker is the one that would go.
+        newest = [other for other in where if where[other] == where[id]][-1]
+        left[where[id]] += 0 if id == newest else tokens
+    assert left[where[shed]] == min(left.values())
+    assert sim.cluster.view.workers.running_requests.tolist() == before
+
+
 def test_shedding_uses_up_no_attempts(shop):
     sim = shop(bands(), places=1)
     sim.cluster.max_attempts = 2

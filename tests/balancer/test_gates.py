@@ -93,6 +93,31 @@ def test_a_refusal_takes_nothing_from_the_bucket(shop):
     assert sim.arrive("a") not in sim.failed
 
 
+def test_a_full_queue_says_when_the_next_leaves_it(shop):
+    sim = shop(gated(b.QueueFull(requests=2)), places=1)
+    for _ in range(3):
+        sim.arrive("a")
+    assert math.isnan(refusal(sim, sim.arrive("a")).retry_after)
+    sim.now += 4.0
+    sim.end(next(iter(sim.where)))
+    sim.arrive("a")
+    assert refusal(sim, sim.arrive("a")).retry_after == pytest.approx(4.0)
+
+
+def test_a_deadline_is_tried_again_when_those_who_wait_are_done(shop):
+    sim = shop(gated(b.DeadlineInfeasible()), places=1)
+    for _ in range(10):
+        sim.arrive("a", 8000)
+    refused = refusal(sim, sim.arrive("a", 100, deadline=sim.now + 0.5))
+    queued = sum(r.prompt_tokens for r in sim.cluster.view.waiting)
+    seconds = queued / 1024 * llmd.Machine().prefill_s(1024.0)
+    assert 0 < refused.retry_after <= seconds
+    # Nothing helps one whose own prompt takes too long.
+    sim.drain()
+    alone = refusal(sim, sim.arrive("a", 8000, deadline=sim.now + 1e-3))
+    assert math.isnan(alone.retry_after)
+
+
 def test_buckets_are_bounded(shop):
     gate = b.RateLimit(requests_per_min=1.0, max_tenants=20)
     sim = shop(gated(gate), places=1000)

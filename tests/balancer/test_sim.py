@@ -166,3 +166,25 @@ def test_dlpm_keeps_nine_tenths_of_the_hits_that_locality_alone_finds():
     )
     assert fair >= 0.9 * locality
     assert neither < 0.7 * locality
+
+
+def test_documents_make_place_for_chat_at_once_and_lose_nothing():
+    bands = [b.Band(name="chat"), b.Band(name="batch", max_wait=60.0)]
+    rooms = [b.FixedRoom(requests=64, prefill_tokens=4096)]
+    talk, long = chat(16.0), documents(1.0)
+    shed = [
+        attrs.evolve(job, request=attrs.evolve(job.request, sheddable=True))
+        for job in long
+    ]
+
+    def of(documents):
+        order = b.FlowControl(b.Bands(bands, every=16), rooms=rooms)
+        return run([*talk, *documents], order, 1, SECONDS, step_tokens=512)
+
+    plain, yielding = of(long), of(shed)
+    # Neither waits for its document to be computed, nor behind one that an index
+    # still hoped to find where it was aborted.
+    assert p99_ttft(yielding, "chat") <= 0.25 * p99_ttft(plain, "chat")
+    # What had been computed of it waits in the engine's cache.
+    both = [throughput(r, "documents", 0.0, SECONDS) for r in (plain, yielding)]
+    assert both[1] >= 0.95 * both[0]

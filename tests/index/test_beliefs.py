@@ -61,6 +61,18 @@ class TestHopes:
         assert held(index, request("s"), at=5.9) == 256
         assert held(index, request("s"), at=7.0) == 0
 
+    def test_a_request_given_up_is_hoped_for_no_more(self):
+        index = llmd.ExactIndex(grace=1.0)
+        index.join(worker(), 0.0)
+        index.expect("a", request("r"), 0.0)
+        index.expect("a", request("also"), 0.0)
+        index.revoke("a", request("r"), 0.5)
+        assert held(index, request("s"), at=0.5) == 256
+        index.revoke("a", request("also"), 0.5)
+        assert held(index, request("s"), at=0.5) == 0
+        index.revoke("a", request("unknown"), 0.5)
+        index.check()
+
     def test_any_other_event_ends_it_on_time(self):
         index = llmd.ExactIndex(grace=1.0)
         index.join(worker(), 0.0)

@@ -125,7 +125,11 @@ class IndexMachine(RuleBasedStateMachine):
         if worker is not None:
             request = data.draw(st.sampled_from(self.requests))
             self.index.expect(worker, request, self.now)
-            self.index.settle(worker, request, None, self.now)
+            end = data.draw(st.sampled_from([self.index.settle, self.index.revoke]))
+            if end == self.index.settle:
+                end(worker, request, None, self.now)
+            else:
+                end(worker, request, self.now)
 
     @rule()
     def reload(self):

@@ -169,6 +169,19 @@ def test_an_abort_frees_everything():
     assert not model.held
 
 
+def test_what_an_aborted_prompt_has_computed_is_found_again():
+    model = make(step_tokens=512)
+    long = {"tokens": 5000, "text": 9}
+    gone = drain(model, [(0.0, sequence("a", **long))], aborts=[(0.03, "a")])
+    stored = sum(len(ev.hashes) for ev in gone if isinstance(ev, e.BlocksStored))
+    assert stored % 32 == 0
+    assert 0 < stored < 5000 // 16
+    assert model.kv.cache.used_blocks == 0
+    again = drain(model, [(9.0, sequence("b", **long))])
+    [first] = [ev for ev in again if isinstance(ev, e.FirstToken)]
+    assert first.cached_tokens == stored * 16
+
+
 requests = st.lists(
     st.tuples(
         st.floats(0, 2),

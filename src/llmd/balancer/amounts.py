@@ -18,11 +18,13 @@ def a_number(
     above: bool = False,
     most: float = math.inf,
     endless: bool = False,
+    whole: bool = False,
 ) -> Callable[[Any, Any, Any], None]:
     """Return a validator: a number of at least *least*, or *above* it.
 
-    Of at most *most*, and finite unless *endless*.  It refuses a NaN, a bool and,
-    where it must be finite, whole numbers too large for a float.
+    Of at most *most*, finite unless *endless*, and without a fraction if *whole*.
+    It refuses a NaN, a bool and, where it must be finite, whole numbers too large
+    for a float.
 
     >>> from llmd.balancer import Band
     >>> Band(max_wait=-1.0)
@@ -34,12 +36,14 @@ def a_number(
     def check(instance: object, field: Any, value: Any) -> None:
         real = _real(value)
         enough = real > least if above else real >= least
-        if enough and real <= most and (endless or real < math.inf):
+        parted = whole and real < math.inf and real % 1
+        if enough and real <= most and (endless or real < math.inf) and not parted:
             return
         must = f"{'above' if above else 'at least'} {least:g}"
         if most < math.inf:
             must += f", at most {most:g}"
-        kind = "number" if endless else "finite number"
+        kind = "whole number" if whole else "number"
+        kind = kind if endless else f"finite {kind}"
         where = f"{type(instance).__name__}.{field.name}"
         raise PolicyError(f"{where} is {shown(value)}, must be a {kind}, {must}")
 
@@ -59,9 +63,9 @@ AMOUNT = a_number()
 POSITIVE = a_number(above=True)
 LIMIT = a_number(above=True, endless=True)
 WAIT = a_number(endless=True)
-COUNT = a_number(1)
+COUNT = a_number(1, whole=True)
 WAIT_IF_ANY = attrs.validators.optional(WAIT)
-COUNT_LIMIT = a_number(1, endless=True)
+COUNT_LIMIT = a_number(1, endless=True, whole=True)
 COUNT_LIMIT_IF_ANY = attrs.validators.optional(COUNT_LIMIT)
 
 

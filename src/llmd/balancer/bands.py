@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
@@ -21,6 +20,7 @@ from .amounts import COUNT, WAIT, a_number, kind
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .over import room_among
+from .pace import Pace
 from .verdict import Check, Verdict
 
 _Line: TypeAlias = tuple[float, int, RequestId]
@@ -55,9 +55,7 @@ class Band:
     account: Account = attrs.field(factory=Account, init=False, repr=False)
     waiting_requests: int = attrs.field(default=0, init=False)
     waiting_tokens: int = attrs.field(default=0, init=False)
-    _sent_at: deque[float] = attrs.field(
-        factory=lambda: deque(maxlen=33), init=False, repr=False
-    )
+    _pace: Pace = attrs.field(factory=Pace, init=False, repr=False)
 
     def check(self, request: Request) -> Check | None:
         """Return why there is no place for another request, if there is none."""
@@ -66,10 +64,10 @@ class Band:
         name = f"band {self.name} full"
         if requests > self.max_requests:
             limit, unit = float(self.max_requests), "requests"
-            return Check(name, requests, limit, unit, False, "", self._pace())
+            return Check(name, requests, limit, unit, False, "", self._pace.each_s)
         if tokens > self.max_tokens:
             limit = self.max_tokens
-            return Check(name, tokens, limit, "tokens", False, "", self._pace())
+            return Check(name, tokens, limit, "tokens", False, "", self._pace.each_s)
         return None
 
     def count(self, request: Request, by: int) -> None:
@@ -80,15 +78,8 @@ class Band:
 
     def sent(self, booking: Booking, at: float) -> None:
         """Note a dispatch."""
-        self._sent_at.append(at)
+        self._pace.count(at)
         self.account.sent(booking, at)
-
-    def _pace(self) -> float:
-        """Return the seconds between its last dispatches; NaN if too few."""
-        times = self._sent_at
-        if len(times) < 2 or times[-1] == times[0]:
-            return math.nan
-        return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def _as_bands(of: Sequence[Band | QueueBalancer]) -> tuple[Band, ...]:

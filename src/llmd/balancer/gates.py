@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from itertools import islice
 from operator import attrgetter
 
 import attrs
@@ -19,6 +21,7 @@ from ..types import Request
 from ..view import View
 from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, kind, weights
 from .interface import Listener
+from .pace import Pace
 from .verdict import Check
 
 _tenant: Callable[[Request], Hashable] = attrgetter("tenant")
@@ -48,21 +51,30 @@ class Gate(Listener, abc.ABC):
 class QueueFull(Gate):
     """Refuses more than so many waiting requests and prompt tokens, in all.
 
+    Who is refused is told to come back when another has been sent on, at the
+    pace of the last dispatches.
+
     >>> QueueFull(requests=500).tokens
     inf
     """
 
     requests: float = attrs.field(default=math.inf, validator=WAIT)
     tokens: float = attrs.field(default=math.inf, validator=WAIT)
+    _pace: Pace = attrs.field(factory=Pace, init=False, repr=False)
 
     def check(self, request: Request, share: float, view: View) -> Check:
         waiting = view.waiting
         requests = len(waiting) + 1
-        if requests > self.requests:
-            return Check("queue full", requests, self.requests, "requests", False)
+        limit, retry, name = self.requests, self._pace.each_s, "queue full"
+        if requests > limit:
+            return Check(name, requests, limit, "requests", False, "", retry)
         tokens = waiting.prompt_tokens + request.prompt_tokens
-        passed = tokens <= self.tokens
-        return Check("queue full", tokens, self.tokens, "tokens", passed)
+        if tokens > self.tokens:
+            return Check(name, tokens, self.tokens, "tokens", False, "", retry)
+        return Check(name, tokens, self.tokens, "tokens", True)
+
+    def dispatched(self, booking: Booking, view: View) -> None:
+        self._pace.count(view.now)
 
 
 @attrs.define
@@ -99,8 +111,8 @@ class RateLimit(Gate):
     weights: dict[Hashable, float] = attrs.field(factory=dict, validator=weights)
     tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
     max_tenants: int = attrs.field(default=10_000, validator=COUNT_LIMIT)
-    _buckets: dict[Hashable, _Bucket] = attrs.field(
-        factory=dict, init=False, repr=False
+    _buckets: OrderedDict[Hashable, _Bucket] = attrs.field(
+        factory=OrderedDict, init=False, repr=False
     )
 
     def __attrs_post_init__(self) -> None:
@@ -174,7 +186,8 @@ class RateLimit(Gate):
         # Last in, last forgotten.
         self._buckets.pop(tenant, None)
         self._buckets[tenant] = bucket
-        for oldest in list(self._buckets)[:2]:
+        # Of an OrderedDict, as a dict passes over all that was deleted before.
+        for oldest in list(islice(self._buckets, 2)):
             held = self._filled(oldest, now)
             weight = self.weights.get(oldest, 1.0) * self.burst_s / 60.0
             full = held.tokens >= self._size(oldest) and (
@@ -225,7 +238,12 @@ class DeadlineInfeasible(Gate):
         own = float(np.min(self.router.cost(request, ready)))
         queued = _queued_s(request, view, self.machine, len(ready.workers))
         needed = self.margin * (own + queued)
-        return Check("deadline", needed, left, "s to first token", needed <= left)
+        # As long to answer, once those that wait now are done.
+        retry = needed - left if 0 < needed - left <= queued else math.nan
+        return Check(
+            *("deadline", needed, left, "s to first token", needed <= left),
+            retry_after=retry,
+        )
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -217,7 +217,7 @@ class LongPrefillCap(Room):
         at_once: Long prompts under way on a worker, at most.
         long_tokens: Uncached tokens from which a prompt is long.
         spare: Part of the workers, last in id order, that compute no long
-            prompt, in [0, 1); one at least always may.
+            prompt, in [0, 1]; one at least always may.
         of: Whose prompts are counted and capped.
 
     >>> LongPrefillCap(long_tokens=2048).at_once

@@ -140,6 +140,11 @@ class BlendedIndex(PrefixIndex):
             record.computed(sent_at=asked.at, at=at)
         self._look(worker, at)
 
+    def revoke(self, worker: WorkerId, request: Request, at: float) -> None:
+        self.exact.revoke(worker, request, at)
+        self.guessed.revoke(worker, request, at)
+        self._open.pop((worker, request.id), None)
+
     def follows(self, worker: WorkerId, at: float = np.inf) -> str:
         """Say which belief is followed of *worker*: `exact` or `guessed`."""
         record = self.records.get(worker)

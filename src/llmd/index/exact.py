@@ -126,6 +126,10 @@ class ExactIndex(PrefixIndex):
         self._hopes.settle(worker, request, at + self.grace)
         self._hopes.expire(at)  # here rather than in the path of an arrival
 
+    def revoke(self, worker: WorkerId, request: Request, at: float) -> None:
+        self._hopes.revoke(worker, request)
+        self._hopes.expire(at)
+
     def block_tokens(self, worker: WorkerId) -> int:
         """Return the tokens of a block of *worker*, 16 if it is not known."""
         return self._block_tokens.get(worker, 16)

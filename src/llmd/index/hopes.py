@@ -82,6 +82,12 @@ class Hopes:
             hope.until = until
             self._ending.append(hope)
 
+    def revoke(self, worker: WorkerId, request: Request) -> None:
+        """End the hope for *request*: it was given up."""
+        hope = self._open.pop((worker, request.id), None)
+        if hope is not None and hope.bit:
+            self.holders.discard(hope.bit, self._last(hope))
+
     def expire(self, at: float) -> None:
         """End what was to end by *at*."""
         while self._ending and self._ending[0].until <= at:

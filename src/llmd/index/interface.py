@@ -65,10 +65,16 @@ class PrefixIndex(Copied, abc.ABC):
     def settle(
         self, worker: WorkerId, request: Request, cached_tokens: int | None, at: float
     ) -> None:
-        """Note that *worker* computed the prompt of *request*, or gave it up.
+        """Note that *worker* computed the prompt of *request*.
 
         It found *cached_tokens* in its cache by its own count; None if it did
-        not say or did not get so far.
+        not say.
+        """
+
+    def revoke(self, worker: WorkerId, request: Request, at: float) -> None:
+        """Note that *worker* gave *request* up before it answered.
+
+        What it had computed by then it may hold, and its events say so.
         """
 
     def diagnose(self, request: Request, worker: WorkerId, at: float) -> list[str]:

@@ -81,12 +81,20 @@ class Residency:
             sequence.cached = sequence.computed
         return True
 
-    def drop(self, sequence: Sequence) -> None:
-        """Free a prompt that is not computed: its names stand for nothing."""
-        self.cache.unlabel(sequence.fresh)
-        kept = len(sequence.owned) - len(sequence.fresh)
-        sequence.nameless += len(sequence.fresh)
-        sequence.owned, sequence.fresh = sequence.owned[:kept], []
+    def drop(self, sequence: Sequence, now: float) -> None:
+        """Free a prompt that is not all computed; what is stays for others.
+
+        vLLM names blocks as their chunks are computed, and they keep their names
+        when it preempts or aborts (`KVCacheManager.allocate_slots`, 0.25).
+        """
+        reused = len(sequence.owned) - len(sequence.fresh)
+        done = max(sequence.computed // self.worker.block_tokens - reused, 0)
+        never = sequence.fresh[done:]
+        self.cache.unlabel(never)
+        sequence.nameless += len(never)
+        sequence.owned = sequence.owned[: reused + done]
+        sequence.fresh = sequence.fresh[:done]
+        self.publish(sequence, now)
         self.free(sequence)
 
     def free(self, sequence: Sequence) -> None:

@@ -284,6 +284,13 @@ class Simulator:
         if at is not None:
             engine.wake = at
             self._at(at, self._wake, engine)
+        if engine.model.has_news:
+            self._at(self.now, self._news, engine)
+
+    def _news(self, engine: _Engine) -> None:
+        """Pass on what an engine told outside of its steps, in the same instant."""
+        if engine.left_at > self.now:
+            self._take_events(engine)
 
     def _take_events(self, engine: _Engine) -> None:
         for event in engine.model.take():

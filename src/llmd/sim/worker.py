@@ -96,6 +96,11 @@ class ModelWorker:
         """Whether a run is under way."""
         return self._run is not None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return anything."""
+        return bool(self._events)
+
     def signals(self) -> Signals:
         """Return what its metrics would say."""
         running = len(self._decoding) + len(self._completing)
@@ -163,7 +168,7 @@ class ModelWorker:
         """Begin the next run; return when it ends, or None if idle."""
         assert self._run is None, "a run is under way"
         if self._aborted:
-            self._sweep()
+            self._sweep(now)
         while True:
             chunks = self._chunks(now)
             if not chunks and not len(self._decoding):
@@ -171,7 +176,7 @@ class ModelWorker:
             steps = self._most_steps(chunks)
             if steps:
                 break
-            self._preempt()
+            self._preempt(now)
         context, grown = self._decoding.context_tokens, steps - 1
         first = self._step_s(chunks, context)
         growth = 0.0
@@ -303,7 +308,7 @@ class ModelWorker:
         ahead = merged_context(chunks) if len(chunks) > 1 else chunks[0][1]
         return self.machine.step_s(tokens, ahead, decoding, context_tokens)
 
-    def _preempt(self) -> None:
+    def _preempt(self, now: float) -> None:
         """Throw out whoever came last; it will be computed again."""
         prompts = [*self._completing, *([self._partial] if self._partial else [])]
         if not prompts:
@@ -313,7 +318,7 @@ class ModelWorker:
         # The later may use names of the earlier, so they go back first.
         for sequence in reversed(prompts):
             self.preemptions += 1
-            self.kv.drop(sequence)
+            self.kv.drop(sequence, now)
             sequence.length = sequence.request.prompt_tokens + sequence.generated
             sequence.remote = False
             self._push(sequence)
@@ -367,12 +372,12 @@ class ModelWorker:
         self.kv.free(sequence)
         self._events.append(e.RequestEnded(now, self.worker.id, id, error))
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Let go of what was aborted."""
         self._aborted = False
         for sequence in [s for s in self._decoding if s.gone]:
             self._decoding.leave(sequence)
             self.kv.free(sequence)
         if self._partial is not None and self._partial.gone:
-            self.kv.drop(self._partial)
+            self.kv.drop(self._partial, now)
             self._partial = None

@@ -96,6 +96,7 @@ class PrefixIndexContract(abc.ABC):
         before = index.match(request(), ("b", "c"), 5.0).tolist()
         index.remove("a", request().hashes(16), Tier.GPU, 5.0)
         index.settle("a", request("sent"), 0, 5.0)
+        index.revoke("a", request("sent"), 5.0)
         assert index.match(request(), ("b", "c"), 5.0).tolist() == before
         assert not index.match(request(), ("a",), 5.0).any()
 
@@ -118,6 +119,7 @@ class PrefixIndexContract(abc.ABC):
             index, _ = self.filled()
             index.diagnose(request(), "a", 4.0)
             index.window("c", 64, 4.0)
+            index.revoke("b", request("sent"), 4.0)
             index.remove("a", names[9:], Tier.GPU, 5.0)
             index.doubt("a", "a gap", 6.0)
             index.forget("b", "a restart", 6.0)
