@@ -17,13 +17,15 @@ from typing import Any
 
 import attrs
 
+from .balancer.verdict import Verdict
 from .commands import Command
 from .core import Core
 from .decision import Decision
-from .errors import InvalidEvent
+from .dispatching import has_to_wait
+from .errors import InvalidEvent, policy_error
 from .events import Event
 from .transitions import TRANSITIONS
-from .types import RequestId
+from .types import Request, RequestId
 
 _log = logging.getLogger("llmd.cluster")
 
@@ -98,6 +100,27 @@ class Cluster(Core):
                 observer(command)
         except Exception:
             _log.exception("the observer failed on %r", event)
+
+    def verdict(self, request: Request) -> Verdict:
+        """Say what would become of *request* if it came now; nothing changes.
+
+        Its `outcome` is "reject" if the balancer refuses it, "admit" if it would
+        be sent to a worker at once, and "queue" if it would wait, or might.
+
+        Raises:
+            InvalidRequest: It cannot be served here; its subclasses say why.
+            PolicyError: The balancer broke its contract.
+
+        >>> Cluster().verdict(Request(id="r", prompt=[1, 2, 3])).outcome
+        'queue'
+        """
+        self.check(request)
+        try:
+            verdict = self.balancer.admit(request, self.view)
+            queued = verdict.admitted and has_to_wait(self, request)
+        except Exception as error:
+            raise policy_error(self.balancer, error) from error
+        return attrs.evolve(verdict, queued=queued) if queued else verdict
 
     def fork(self) -> Cluster:
         """Return a twin that goes its own way from here, with no observer.

@@ -19,9 +19,9 @@ import numpy as np
 from sortedcontainers import SortedList
 
 from . import commands as c
+from .amounts import kind
 from .autoscaler import Autoscaler
 from .balancer import Fcfs, QueueBalancer
-from .balancer.amounts import kind
 from .booking import Booking
 from .books import Books
 from .dispatching import dispatch

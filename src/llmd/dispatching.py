@@ -51,6 +51,17 @@ def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
     return commands
 
 
+def has_to_wait(core: Core, request: Request) -> bool:
+    """Say whether *request* would not be sent on if it came now, or might not be.
+
+    It would be if nothing waits that could go before it, and a worker that can
+    serve it has room.
+    """
+    if core.waiting.tokens_before(request, core.view) > 0:
+        return True
+    return not _room(core, request, _able(core, request)).any()
+
+
 def _send(core: Core, lane: LaneName) -> list[c.Command]:
     """Dispatch the head of a lane, or fail it; nothing if it has no room."""
     entry = core.waiting.head(lane)
@@ -87,17 +98,24 @@ def _refresh(core: Core) -> list[c.Command]:
 def _place(core: Core, entry: Entry) -> Decision | None:
     """Ask the policies where a request may and should go now."""
     request = entry.request
-    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-    able = core.fleet.serving(request.model, request.lora, tokens)
-    if entry.failed_on:
-        able = _elsewhere(core, able, entry.failed_on)
-    view = core.view.only(able)
+    view = _able(core, request, entry.failed_on)
     try:
         room = _room(core, request, view)
     except Exception as error:
         raise policy_error(core.balancer, error) from error
     free = view.only(room)
     return core.router.route(request, free) if len(free.workers) else None
+
+
+def _able(
+    core: Core, request: Request, failed_on: frozenset[WorkerId] = frozenset()
+) -> View:
+    """Return the view of the workers that can serve *request* now."""
+    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+    able = core.fleet.serving(request.model, request.lora, tokens)
+    if failed_on:
+        able = _elsewhere(core, able, failed_on)
+    return core.view.only(able)
 
 
 def _elsewhere(core: Core, able: Mask, failed_on: frozenset[WorkerId]) -> Mask:

@@ -118,6 +118,60 @@ def test_a_deadline_is_tried_again_when_those_who_wait_are_done(shop):
     assert math.isnan(alone.retry_after)
 
 
+SPECS = st.tuples(
+    st.sampled_from(["arrive", "end", "token", "cancel", "wait"]),
+    st.integers(0, 2),
+    st.integers(1, 400),
+)
+
+
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(SPECS, min_size=20, max_size=80))
+def test_a_verdict_says_what_becomes_of_a_request(shop, specs):
+    bands = [b.Band(order=b.Vtc(), max_wait=3.0, ceiling=c) for c in (1.0, 0.8, 0.5)]
+    rooms = [b.FixedRoom(prefill_tokens=500), b.LongPrefillCap(long_tokens=300)]
+    gates = [b.QueueFull(requests=4), b.RateLimit(requests_per_min=600.0, burst_s=1.0)]
+    sim = shop(b.FlowControl(b.Bands(bands, every=2), gates, rooms), workers=2)
+    for count, (what, band, tokens) in enumerate(specs):
+        if what == "arrive":
+            fields = {"priority": band, "tenant": f"t{tokens % 3}", "salt": f"{count}"}
+            asked = llmd.Request(id=f"{count}", prompt=range(tokens), **fields)
+            sim.requests[asked.id] = asked
+            outcome = sim.cluster.verdict(asked).outcome
+            assert sim.cluster.verdict(asked).outcome == outcome
+            sim.feed(e.RequestArrived(sim.now, asked))
+            if outcome == "admit":
+                assert asked.id in sim.where
+            assert (outcome == "reject") == (asked.id in sim.failed)
+        elif what == "wait":
+            sim.wait(tokens / 200)
+        elif sim.where:
+            id = list(sim.where)[tokens % len(sim.where)]
+            getattr(sim, what)(id)
+
+
+def test_a_verdict_tells_those_who_wait_from_those_who_go(shop):
+    sim = shop(gated(b.QueueFull(requests=1)), places=1)
+
+    def verdict(**fields):
+        return sim.cluster.verdict(llmd.Request(id="r", prompt=[1], **fields))
+
+    assert verdict().outcome == "admit"
+    sim.arrive("a")
+    waits = verdict()
+    assert waits.outcome == "queue"
+    assert waits.explain().endswith("admitted, to wait")
+    sim.arrive("a")
+    assert verdict().outcome == "reject"
+    assert len(sim.cluster.waiting) == 1
+    with pytest.raises(llmd.errors.UnknownAdapter):
+        verdict(lora="none")
+
+
 def test_buckets_are_bounded(shop):
     gate = b.RateLimit(requests_per_min=1.0, max_tenants=20)
     sim = shop(gated(gate), places=1000)

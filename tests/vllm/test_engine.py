@@ -121,6 +121,30 @@ async def test_abort_ends_the_stream(one):
     assert len(tokens_of(pieces)) < 900
 
 
+async def test_what_an_aborted_prompt_computed_is_found_again(one):
+    """As the simulator has it, and as shed work counts on."""
+    for attempt in range(40):
+        tokens = prompt(1000, salt=500 + attempt)
+        asked = request(f"cut short {attempt}", tokens, max_new_tokens=2)
+        stream = one.engine.generate(Call(request=asked, sampling=GREEDY))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.001 * (1 + attempt))
+        answered = first.done()
+        await one.engine.abort(asked.id)
+        async with asyncio.timeout(30):
+            await first
+            async for _ in stream:
+                pass
+        again = await one.answer(request(f"again {attempt}", tokens))
+        if not answered and again[0].cached_tokens:
+            break
+    else:
+        pytest.fail("no abort met a prompt under way")
+    names = request("names", tokens).hashes(BLOCK_TOKENS)
+    told = again[0].cached_tokens // BLOCK_TOKENS
+    await one.told(lambda reports: np.isin(names[:told], stored(reports)).all())
+
+
 async def test_signals_tell_of_load_and_its_end(one):
     before = len(one.reports)
     await asyncio.gather(

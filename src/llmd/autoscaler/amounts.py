@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
-from typing import Any
 
-from ..errors import InvalidPolicy, shown
+from ..amounts import a_number, as_real
+from ..errors import InvalidPolicy
 
 
 def is_number(value: object) -> bool:
@@ -15,8 +14,7 @@ def is_number(value: object) -> bool:
     >>> is_number(1.5), is_number(float("nan")), is_number(True), is_number("1")
     (True, False, False, False)
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and not math.isnan(value)  # type: ignore[arg-type]
+    return not math.isnan(as_real(value))
 
 
 def is_whole(value: object) -> bool:
@@ -24,23 +22,5 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def positive(instance: object, attribute: Any, value: float) -> None:
-    """Refuse what is no number over 0, as a validator.
-
-    Raises:
-        InvalidPolicy: So it is.
-    """
-    if not (is_number(value) and value > 0):
-        where = f"{type(instance).__name__}.{attribute.name}"
-        raise InvalidPolicy(f"{where} is {shown(value)}, must be a number over 0")
-
-
-def seconds(instance: object, attribute: Any, value: float) -> None:
-    """Refuse what is no time to wait, as a validator; none, and for ever, are.
-
-    Raises:
-        InvalidPolicy: So it is.
-    """
-    if not (is_number(value) and value >= 0):
-        where = f"{type(instance).__name__}.{attribute.name}"
-        raise InvalidPolicy(f"{where} is {shown(value)}, must be seconds")
+positive = a_number(above=True, endless=True, error=InvalidPolicy)
+seconds = a_number(endless=True, error=InvalidPolicy)

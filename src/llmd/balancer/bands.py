@@ -11,12 +11,13 @@ from typing import Any, TypeAlias
 import attrs
 import numpy as np
 
+from ..amounts import a_number, kind
 from ..booking import Booking
 from ..errors import PolicyError
 from ..types import Request, RequestId
 from ..view import Mask, View
 from .accounts import Account
-from .amounts import COUNT, WAIT, a_number, kind
+from .amounts import COUNT, WAIT
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .over import room_among

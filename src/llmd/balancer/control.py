@@ -7,11 +7,11 @@ from collections.abc import Hashable
 import attrs
 import numpy as np
 
+from ..amounts import kind
 from ..booking import Booking
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
 from .accounts import Accounts
-from .amounts import kind
 from .gates import Gate
 from .interface import Listener, Place
 from .over import Over, room_among

@@ -14,10 +14,11 @@ from typing import Any
 
 import attrs
 
+from ..amounts import kind
 from ..booking import Booking
 from ..types import Request
 from ..view import View
-from .amounts import AMOUNT, POSITIVE, kind, weights
+from .amounts import AMOUNT, POSITIVE, weights
 from .interface import Place, QueueBalancer
 from .ledger import Ledger
 from .orders import Fcfs

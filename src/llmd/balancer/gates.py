@@ -12,6 +12,7 @@ from operator import attrgetter
 import attrs
 import numpy as np
 
+from ..amounts import kind
 from ..booking import Booking
 from ..errors import PolicyError
 from ..machines import Machine
@@ -19,7 +20,7 @@ from ..router.interface import Router
 from ..router.seconds import EarliestFirstToken
 from ..types import Request
 from ..view import View
-from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, kind, weights
+from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, weights
 from .interface import Listener
 from .pace import Pace
 from .verdict import Check

@@ -8,10 +8,11 @@ from typing import Any
 
 import attrs
 
+from ..amounts import kind
 from ..machines import Machine
 from ..types import Request
 from ..view import Mask, View
-from .amounts import AMOUNT, COUNT, WAIT, WAIT_IF_ANY, kind
+from .amounts import AMOUNT, COUNT, WAIT, WAIT_IF_ANY
 from .interface import Place, QueueBalancer
 from .verdict import ADMIT, Verdict
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 
+from ..amounts import kind
 from ..booking import Booking
 from ..types import Request, RequestId
 from ..view import Mask, View
-from .amounts import kind
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .verdict import Verdict

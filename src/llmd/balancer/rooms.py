@@ -10,19 +10,12 @@ from collections.abc import Callable, Hashable
 import attrs
 import numpy as np
 
+from ..amounts import a_number
 from ..booking import Booking
 from ..errors import PolicyError
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
-from .amounts import (
-    COUNT,
-    COUNT_LIMIT,
-    COUNT_LIMIT_IF_ANY,
-    LIMIT,
-    POSITIVE,
-    WAIT,
-    a_number,
-)
+from .amounts import COUNT, COUNT_LIMIT, COUNT_LIMIT_IF_ANY, LIMIT, POSITIVE, WAIT
 from .interface import Listener
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import attrs
 
@@ -40,13 +41,16 @@ class Check:
 
 @attrs.frozen
 class Verdict:
-    """Whether a request may enter; one that may waits until a worker has room.
+    """Whether a request may enter, and whether it goes at once.
 
     Attributes:
-        admitted: False refuses it.
+        admitted: False refuses it; one that may enter goes on when it is next
+            and a worker has room.
         reason: Why it was refused, for the client.
         retry_after: Seconds until another try makes sense; NaN if unknown.
         checks: What led to it, in order.
+        queued: It may enter and has to wait, as far as `Cluster.verdict` can see;
+            a balancer does not say.
 
     >>> check = Check("full", 8, 7, "requests", False, retry_after=1.0)
     >>> verdict = Verdict.of([Check("rate", 1, 60, "requests", True), check])
@@ -60,6 +64,18 @@ class Verdict:
     reason: str = ""
     retry_after: float = math.nan
     checks: tuple[Check, ...] = attrs.field(default=(), eq=False)
+    queued: bool = False
+
+    @property
+    def outcome(self) -> Literal["admit", "queue", "reject"]:
+        """What becomes of the request, in one word.
+
+        >>> ADMIT.outcome, Verdict(False).outcome, Verdict(True, queued=True).outcome
+        ('admit', 'reject', 'queue')
+        """
+        if not self.admitted:
+            return "reject"
+        return "queue" if self.queued else "admit"
 
     @classmethod
     def of(cls, checks: Sequence[Check]) -> Verdict:
@@ -77,7 +93,7 @@ class Verdict:
 
     def explain(self) -> str:
         """Return the checks and what came of them, a line each."""
-        last = "admitted"
+        last = "admitted, to wait" if self.queued else "admitted"
         if not self.admitted:
             last = f"refused: {self.reason}"
             if not math.isnan(self.retry_after):

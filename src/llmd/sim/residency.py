@@ -85,7 +85,7 @@ class Residency:
         """Free a prompt that is not all computed; what is stays for others.
 
         vLLM names blocks as their chunks are computed, and they keep their names
-        when it preempts or aborts (`KVCacheManager.allocate_slots`, 0.25).
+        when it preempts or aborts (`KVCacheManager.allocate_slots`).
         """
         reused = len(sequence.owned) - len(sequence.fresh)
         done = max(sequence.computed // self.worker.block_tokens - reused, 0)
