@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any, TypeAlias
 
@@ -115,7 +115,10 @@ class WaitingRequests:
             Requests the balancer failed on, taken out, and how it failed.
         """
         casualties: list[Casualty] = []
-        for id in self._to_move(view):
+        for id in self._due(view):
+            casualties += self._refile(id, view)
+        # Asked after those, as who is overdue from now on may be next.
+        for id in self._moved(view):
             casualties += self._refile(id, view)
         self.tell(self._touch_restless)
         while self._touched:
@@ -325,17 +328,22 @@ class WaitingRequests:
         self.tell(self.balancer.unqueued, request, view)
         self.touch(entry.flow)
 
-    def _to_move(self, view: View) -> Iterable[RequestId]:
+    def _due(self, view: View) -> list[RequestId]:
+        """Return whose place is to be asked for again by now."""
         due, alarms = [], self._alarms
         while alarms and alarms[0][0] <= view.now:
             alarm = heappop(alarms)
             if self._rings(alarm):
                 due.append(alarm[2])
+        return due
+
+    def _moved(self, view: View) -> list[RequestId]:
+        """Return who the balancer says has moved."""
         try:
-            due += [id for id in self.balancer.moved(view) if id in self._entries]
+            return [id for id in self.balancer.moved(view) if id in self._entries]
         except Exception as error:
             self.faults.append(policy_error(self.balancer, error))
-        return due
+            return []
 
     def _refile(self, id: RequestId, view: View) -> list[Casualty]:
         entry = self._entries.get(id)

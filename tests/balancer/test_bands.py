@@ -139,6 +139,17 @@ def test_a_band_counts_prompt_tokens_and_tells_its_pace(shop):
     assert order.of[0].waiting_tokens == 0
 
 
+def test_who_becomes_overdue_goes_with_the_very_next_dispatch(shop):
+    bands = [b.Band(name="chat"), b.Band(name="batch", max_wait=3.0)]
+    sim = shop(b.Bands(bands, every=1), places=1)
+    sim.arrive(id="running")
+    sim.arrive(priority=1, id="batch")
+    sim.arrive(id="chat")
+    sim.now = 5.0
+    sim.end("running")
+    assert sim.sent == ["running", "batch"]
+
+
 def test_sheddable_work_makes_place_and_waits_again_in_front(shop):
     sim = shop(bands(), places=1)
     sim.arrive(priority=1, sheddable=True, id="first batch")

@@ -51,7 +51,7 @@ class Band:
     order: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
     ceiling: float = attrs.field(default=1.0, validator=a_number(above=True, most=1))
     max_wait: float = attrs.field(default=math.inf, validator=WAIT)
-    max_requests: int = attrs.field(default=100_000, validator=WAIT)
+    max_requests: float = attrs.field(default=100_000, validator=WAIT)
     max_tokens: float = attrs.field(default=math.inf, validator=WAIT)
     account: Account = attrs.field(factory=Account, init=False, repr=False)
     waiting_requests: int = attrs.field(default=0, init=False)

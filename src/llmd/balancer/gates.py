@@ -111,7 +111,7 @@ class RateLimit(Gate):
     burst_s: float = attrs.field(default=60.0, validator=POSITIVE)
     weights: dict[Hashable, float] = attrs.field(factory=dict, validator=weights)
     tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
-    max_tenants: int = attrs.field(default=10_000, validator=COUNT_LIMIT)
+    max_tenants: float = attrs.field(default=10_000, validator=COUNT_LIMIT)
     _buckets: OrderedDict[Hashable, _Bucket] = attrs.field(
         factory=OrderedDict, init=False, repr=False
     )

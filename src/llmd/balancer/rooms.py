@@ -59,7 +59,7 @@ class FixedRoom(Room):
     inf
     """
 
-    requests: int | None = attrs.field(default=None, validator=COUNT_LIMIT_IF_ANY)
+    requests: float | None = attrs.field(default=None, validator=COUNT_LIMIT_IF_ANY)
     kv_usage: float = attrs.field(default=math.inf, validator=LIMIT)
     prefill_tokens: float = attrs.field(default=math.inf, validator=LIMIT)
 
@@ -217,7 +217,7 @@ class LongPrefillCap(Room):
     1
     """
 
-    at_once: int = attrs.field(default=1, validator=COUNT_LIMIT)
+    at_once: float = attrs.field(default=1, validator=COUNT_LIMIT)
     long_tokens: int = attrs.field(default=4096, validator=WAIT)
     spare: float = attrs.field(default=0.0, validator=a_number(most=1))
     of: Callable[[Request], bool] = attrs.field(

@@ -74,8 +74,10 @@ class PrefixIndex(Copied, abc.ABC):
     def revoke(self, worker: WorkerId, request: Request, at: float) -> None:
         """Note that *worker* gave *request* up before it answered.
 
-        What it had computed by then it may hold, and its events say so.
+        What it had computed by then it may hold, and its events say so.  The
+        default settles it.
         """
+        self.settle(worker, request, None, at)
 
     def diagnose(self, request: Request, worker: WorkerId, at: float) -> list[str]:
         """Say in words why *worker* may hold nothing of *request*."""
