@@ -137,7 +137,7 @@ def raw_agent(name: str, pipe: Connection):
     from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))
-    blocks = np.zeros((256, 1 << 16), np.uint8)
+    blocks = open_slab(layout_of(1 << 16), 256)  # not zeros: those share one page
     own = blocks.ctypes.data
     agent.register_memory([(own, blocks.nbytes, 0, "")], "DRAM")
     pipe.send((agent.get_agent_metadata(), own))

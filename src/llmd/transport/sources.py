@@ -150,8 +150,8 @@ class Sources:
 
     @property
     def loose_writes(self) -> int:
-        """Writes that were let go of and may still land."""
-        return sum(len(loose.tokens) for loose in self.loose.values())
+        """Writes that were let go of and may still land; any thread may ask."""
+        return sum(len(loose.tokens) for loose in list(self.loose.values()))
 
     def writing_to(self) -> set[PeerId]:
         """Return the peers that a write may still reach."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
+
+import attrs
 
 from ...errors import TransferError
 from ...transport.endpoint import Endpoint
@@ -49,6 +52,8 @@ _CLOSE_S = 1.0
 _LOOKS = 200
 """At UCX's log for the way it chose, which it writes a little after it does."""
 _GOODBYE_STEPS = 20
+_CROWDED_S = 2e-4
+_CROWDED_RESTS = 100
 _PR_SET_TIMERSLACK = 29
 
 
@@ -104,7 +109,6 @@ class NixlTransport(KVTransport):
         self._calls: deque[Callable[[], None]] = deque()
         self._called = threading.Event()
         self._reports: deque[Report] = deque()
-        self._counts: Mapping[str, int] = {}
         self._paths = PathLog.begin()
         self._path: Path | None = None
         self._looks = _LOOKS
@@ -122,7 +126,7 @@ class NixlTransport(KVTransport):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return self._counts
+        return held(self._endpoint)
 
     @property
     def path(self) -> Path | None:
@@ -195,6 +199,7 @@ class NixlTransport(KVTransport):
             started.set_exception(TransferError(f"NIXL cannot start: {error}"))
             return
         started.set_result(None)
+        rest = Rest()
         moved_at = ticked_at = time.monotonic()
         while not self._closing:
             now = time.monotonic()
@@ -206,7 +211,7 @@ class NixlTransport(KVTransport):
             if now - moved_at >= _SPIN_S:
                 self._nap()
             else:
-                time.sleep(0)  # lets other threads have the interpreter
+                rest()
         self._wind_up()
 
     def _step(self, now: float) -> bool:
@@ -223,13 +228,11 @@ class NixlTransport(KVTransport):
     def _tell(self) -> None:
         """Let the user have the reports."""
         self._reports.extend(drain(self._endpoint))
-        self._counts = held(self._endpoint)
         if self._wake is not None:
             self._wake()
 
     def _tick(self, now: float) -> None:
         self._endpoint.tick(now)
-        self._counts = held(self._endpoint)
         look = self._carrier.written and self._looks > 0
         if self._path is None and self._paths is not None and look:
             self._looks -= 1
@@ -265,8 +268,32 @@ class NixlTransport(KVTransport):
         for _ in range(_GOODBYE_STEPS):  # UCX sends only when it is looked at
             self._carrier.step(time.monotonic())
             time.sleep(_BUSY_NAP_S)
-        self._counts = held(self._endpoint)
         self._carrier.close()
+
+
+@attrs.define
+class Rest:
+    """Between two looks of a thread that spins: lets others go on.
+
+    Yielding keeps the core awake, where a nap, however short, lets it idle, and
+    waking it up takes longer than a small transfer.  But who yields while others
+    want the core is let in last, after milliseconds; who naps is let in first.
+
+    >>> Rest()()
+    """
+
+    _naps: int = 0
+
+    def __call__(self) -> None:
+        """Rest for a moment."""
+        if self._naps:
+            self._naps -= 1
+            time.sleep(0)
+            return
+        begun = time.monotonic()
+        os.sched_yield()
+        if time.monotonic() - begun > _CROWDED_S:
+            self._naps = _CROWDED_RESTS
 
 
 def wake_on_time() -> None:
