@@ -31,6 +31,9 @@ class Booking:
         streamed: Its client has seen part of the answer, from here.
         failed_on: Workers on which it was dispatched before and failed.
         again: It was dispatched before, and taken back or lost.
+        number: Its place in the order of arrival, which it keeps.
+        booked: It is in the books; false while the cluster tries what would be
+            if it were not.
 
     >>> booking = Booking(Request(id="r", prompt=[1]), Decision("a"), 1, 1)
     >>> booking.workers
@@ -52,6 +55,8 @@ class Booking:
     streamed: bool = False
     failed_on: frozenset[WorkerId] = frozenset()
     again: bool = False
+    number: int | None = None
+    booked: bool = False
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:

@@ -54,6 +54,7 @@ class Books:
         """Book a request on its workers, anew or as it was when released."""
         id = booking.request.id
         self._bookings[id] = booking
+        booking.booked = True
         lasting = booking.streamed and not booking.request.resumable
         for worker in booking.workers:
             self._held[worker][id] = None
@@ -107,6 +108,7 @@ class Books:
             self._let_go(worker, booking)
         self._add(decision.decode, "context_tokens", -booking.context_tokens)
         del self._bookings[booking.request.id]
+        booking.booked = False
 
     def sheddable(self, worker: WorkerId) -> Iterator[Booking]:
         """Yield what *worker* may shed, the newest first.

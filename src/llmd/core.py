@@ -42,7 +42,7 @@ from .index import ExactIndex, PrefixIndex
 from .peers import Peers
 from .router import LeastDelay, Router
 from .types import Request, RequestId, Worker, WorkerId
-from .view import View
+from .view import Mask, View
 from .waiting import LaneName, WaitingRequests
 
 
@@ -80,6 +80,7 @@ class Core:
             workers=self.fleet.workers,
             waiting=self.waiting,
             match=self._match,
+            serving=self.serving,
         )
 
     @property
@@ -174,6 +175,20 @@ class Core:
         self.asked_workers |= {advice.pool: advice.workers for advice in changed}
         return [c.Scale(advice.workers, advice.pool, advice) for advice in changed]
 
+    def opens_at(self) -> float:
+        """Return when time alone may let somebody go; infinity for never.
+
+        A driver that has nothing else to tell by then sends a `Tick`.
+        """
+        if not len(self.waiting):
+            return math.inf
+        return min(self.balancer.opens_at(self.view), self.waiting.next_alarm)
+
+    def opened(self) -> bool:
+        """Say whether time alone may have let somebody go by now."""
+        waits = len(self.waiting) > 0
+        return waits and self.balancer.opens_at(self.view) <= self.view.now
+
     def dispatch(self, lane: LaneName | None = None) -> list[c.Command]:
         """Send on whatever can go, of one lane or of all."""
         return dispatch(self, lane)
@@ -204,7 +219,7 @@ class Core:
         return self.requeue(booking, attempts)
 
     def requeue(self, booking: Booking, attempts: int) -> c.Command:
-        """Let a request whose booking has ended wait again, before its equals."""
+        """Let a request whose booking has ended wait again, where it stood."""
         request = booking.request
         try:
             self.waiting.push(
@@ -215,6 +230,7 @@ class Core:
                 again=True,
                 failed_on=booking.failed_on,
                 generated_tokens=booking.generated_tokens,
+                number=booking.number,
             )
         except LlmdError as failure:
             self.gone(request)
@@ -273,6 +289,11 @@ class Core:
         """Return what keeps requests apart: who can serve them differs."""
         tokens = request.prompt_tokens + (request.max_new_tokens or 1)
         return request.model, request.lora, self.fleet.fit(tokens)
+
+    def serving(self, request: Request) -> Mask:
+        """Say which workers can serve *request* now, shape (W,)."""
+        tokens = request.prompt_tokens + (request.max_new_tokens or 1)
+        return self.fleet.serving(request.model, request.lora, tokens)
 
     def _match(self, request: Request, workers: Any, at: float) -> Any:
         return self.index.match(request, workers, at)

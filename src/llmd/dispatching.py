@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heapify, heappop, heapreplace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from .waiting import LaneName
 
 if TYPE_CHECKING:
     from .core import Core
+
+T = TypeVar("T")
+_MOST_TRIED = 256
+"""Bookings taken out of the books to see what room that makes."""
 
 
 def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
@@ -55,11 +60,19 @@ def has_to_wait(core: Core, request: Request) -> bool:
     """Say whether *request* would not be sent on if it came now, or might not be.
 
     It would be if nothing waits that could go before it, and a worker that can
-    serve it has room.
+    serve it has room, or has once less urgent work has made place.
     """
     if core.waiting.tokens_before(request, core.view) > 0:
         return True
-    return not _room(core, request, _able(core, request)).any()
+
+    def open() -> bool | None:
+        return bool(_room(core, request, _able(core, request)).any()) or None
+
+    if open():
+        return False
+    found, released = _making_place(core, request, open)
+    _put_back(core, released)
+    return found is None
 
 
 def _send(core: Core, lane: LaneName) -> list[c.Command]:
@@ -67,6 +80,8 @@ def _send(core: Core, lane: LaneName) -> list[c.Command]:
     entry = core.waiting.head(lane)
     assert entry is not None, "sent from an empty lane"
     request = entry.request
+    if request.deadline <= core.view.now:
+        return core.expire(request.id)
     shed: list[c.Command] = []
     try:
         decision = _place(core, entry)
@@ -111,8 +126,7 @@ def _able(
     core: Core, request: Request, failed_on: frozenset[WorkerId] = frozenset()
 ) -> View:
     """Return the view of the workers that can serve *request* now."""
-    tokens = request.prompt_tokens + (request.max_new_tokens or 1)
-    able = core.fleet.serving(request.model, request.lora, tokens)
+    able = core.serving(request)
     if failed_on:
         able = _elsewhere(core, able, failed_on)
     return core.view.only(able)
@@ -144,35 +158,73 @@ def _room(core: Core, request: Request, view: View) -> Mask:
 def _shed(core: Core, entry: Entry) -> tuple[Decision | None, list[c.Command]]:
     """Find a place for a request where less urgent work makes room for it.
 
-    The newest such booking of each worker, which lost the least, is taken out of
-    the books, the router chooses among all that have room then, and those it did
-    not choose are put back as they were.
+    The router chooses among all workers that have room then; who need not have
+    made place is put back as it was.
     """
-    victims = _yielding(core, entry.request)
-    if not victims:
+    decision, released = _making_place(core, entry.request, lambda: _place(core, entry))
+    if decision is None:
+        _put_back(core, released)
         return None, []
-    for booking in victims:
-        core.books.release(booking)
-    try:
-        decision = _place(core, entry)
-    except BaseException:
-        for booking in victims:
-            core.books.book(booking)
-        raise
-    chosen = () if decision is None else (decision.first, decision.decode)
+    chosen = {decision.first, decision.decode}
+    _put_back(core, [b for b in released if chosen.isdisjoint(b.workers)])
     commands: list[c.Command] = []
-    for booking in victims:
-        if any(worker in chosen for worker in booking.workers):
-            aborts = [c.Abort(w, booking.request.id) for w in booking.workers]
-            core.settle(booking)
-            commands += [*aborts, core.requeue(booking, booking.attempts)]
-        else:
-            core.books.book(booking)
+    for booking in [b for b in released if not b.booked]:
+        core.books.book(booking)
+        if _has_room(core, entry, chosen):
+            continue
+        core.books.release(booking)
+        aborts = [c.Abort(w, booking.request.id) for w in booking.workers]
+        core.settle(booking)
+        commands += [*aborts, core.requeue(booking, booking.attempts)]
     return decision, commands
+
+
+def _making_place(
+    core: Core, request: Request, find: Callable[[], T | None]
+) -> tuple[T | None, list[Booking]]:
+    """Take what yields to *request* out of the books until *find* finds something.
+
+    The newest booking of each worker goes first, which lost the least, then the
+    one before it, and so on.
+
+    Returns:
+        What was found, and the bookings that are out, newest first.
+    """
+    released: list[Booking] = []
+    found = None
+    try:
+        while found is None and len(released) < _MOST_TRIED:
+            more = _yielding(core, request)
+            if not more:
+                break
+            for booking in more:
+                core.books.release(booking)
+            released += more
+            found = find()
+    except BaseException:
+        _put_back(core, released)
+        raise
+    return found, released
+
+
+def _put_back(core: Core, released: list[Booking]) -> None:
+    """Book again what was taken out, in the order in which it came."""
+    for booking in reversed(released):
+        core.books.book(booking)
+
+
+def _has_room(core: Core, entry: Entry, chosen: set[WorkerId]) -> bool:
+    """Say whether all that a request is to run on have room for it."""
+    view = _able(core, entry.request, entry.failed_on)
+    room = _room(core, entry.request, view)
+    open = {id for id, free in zip(view.workers.ids, room, strict=True) if free}
+    return chosen <= open
 
 
 def _yielding(core: Core, request: Request) -> list[Booking]:
     """Return the newest booking of each worker that makes place for *request*."""
+    if not core.balancer.preempts(request, core.view):
+        return []
     victims: dict[RequestId, Booking] = {}
     for worker in core.view.workers.ids:
         for booking in core.books.sheddable(worker):
@@ -208,6 +260,7 @@ def _announce(core: Core, entry: Entry, decision: Decision) -> Booking:
         failed_on=entry.failed_on,
         dispatched_at=now,
         again=entry.again,
+        number=entry.number,
     )
     try:
         core.balancer.dispatched(booking, core.view)

@@ -43,7 +43,8 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
     if request.deadline < math.inf:
         core.deadlines.add((request.deadline, request.id))
     core.waiting.tell(balancer.admitted, request, core.view)
-    return core.dispatch(lane)
+    # Only its own lane has changed, unless time alone has opened another.
+    return core.dispatch(None if core.opened() else lane)
 
 
 def cancelled(core: Core, event: e.RequestCancelled) -> list[c.Command]:
@@ -90,10 +91,11 @@ def generated(core: Core, event: e.TokensGenerated) -> list[c.Command]:
         raise InvalidEvent(f"{event!r}: tokens must be a whole number, 0 or more")
     core.view.advance(event.at)
     booking = core.books.held_by(event.request_id, event.worker)
-    if booking is None:
+    if booking is None or not tokens:
         return []
-    core.books.generated(booking, event.tokens)
-    return core.charge(booking, event.tokens)
+    core.books.generated(booking, tokens)
+    commands = core.charge(booking, tokens)
+    return [*commands, *core.dispatch()] if core.opened() else commands
 
 
 def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:

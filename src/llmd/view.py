@@ -7,7 +7,7 @@ must copy it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import attrs
@@ -73,6 +73,9 @@ class Workers:
     _derived: dict[Hashable, NDArray[Any]] = attrs.field(
         factory=dict, init=False, repr=False
     )
+    _beside: dict[str, frozenset[str] | None] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
 
     @loads.default
     def _stacked(self) -> Ints:
@@ -117,6 +120,20 @@ class Workers:
         """Say which workers are in one of *states*, shape (W,)."""
         return self.derived(states, _within)
 
+    def models_beside(self, model: str) -> frozenset[str] | None:
+        """Return *model* and those that compete with it for some worker.
+
+        None if all do: it names no model, or a worker serves any.
+        """
+        beside = self._beside
+        if model not in beside:
+            if len(beside) >= _DERIVED_KEPT:
+                beside.clear()
+            serving = [w.models for w in self.facts if w.serves(model)]
+            all_do = not model or not all(serving)
+            beside[model] = None if all_do else frozenset({model, ""}.union(*serving))
+        return beside[model]
+
     def only(self, rows: Ints) -> Workers:
         """Return the given rows, each column copied when it is first read.
 
@@ -148,6 +165,10 @@ class _Part(Workers):
         whole: Workers = self._whole
         part: NDArray[Any] = whole.derived(key, make)[self._picked]
         return part
+
+    def models_beside(self, model: str) -> frozenset[str] | None:
+        whole: Workers = self._whole
+        return whole.models_beside(model)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while the attribute of this name is not set.
@@ -198,6 +219,9 @@ class Waiting(Protocol):
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
 
+    def tokens_of(self, models: Collection[str] | None) -> int:
+        """Sum of the prompts for any of *models*; None for all."""
+
     def since(self, id: RequestId) -> float | None:
         """Return when a waiting request arrived; None if it does not wait."""
 
@@ -242,6 +266,9 @@ class View:
     _match: Callable[[Request, Sequence[WorkerId], float], Ints] = attrs.field(
         alias="match"
     )
+    _serving: Callable[[Request], Mask] | None = attrs.field(
+        default=None, alias="serving"
+    )
     _whole: View | None = attrs.field(default=None, alias="whole")
     _rows: Ints | None = attrs.field(default=None, alias="rows")
     _matched: tuple[Request | None, Ints | None] = attrs.field(
@@ -263,6 +290,27 @@ class View:
             whole=self,
             rows=rows,
         )
+
+    def waited(self, waiting: Waiting) -> View:
+        """Return the same view with other requests waiting."""
+        return View(
+            now=self.now,
+            rng=self.rng,
+            workers=self.workers,
+            waiting=waiting,
+            totals=self.totals,
+            match=self._match,
+            serving=self._serving,
+            whole=self._whole,
+            rows=self._rows,
+        )
+
+    def able(self, request: Request) -> View:
+        """Return the view of the workers of all that can serve *request* now."""
+        whole = self if self._whole is None else self._whole
+        if whole._serving is None:
+            return whole.only(whole.workers.ready())
+        return whole.only(whole._serving(request))
 
     def cached_tokens(self, request: Request) -> Ints:
         """Prompt tokens of *request* that each worker holds, shape (W, tiers).

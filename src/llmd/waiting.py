@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any, TypeAlias
 
@@ -55,8 +55,8 @@ class WaitingRequests:
     _alarms: list[_Alarm] = attrs.field(factory=list, init=False)
     _alone: tuple[Entry, Rank] | None = attrs.field(default=None, init=False)
     _models: Counter[str] = attrs.field(factory=Counter, init=False)
+    _tokens: Counter[str] = attrs.field(factory=Counter, init=False)
     _last: int = attrs.field(default=0, init=False)
-    _first: int = attrs.field(default=0, init=False)
     _prompt_tokens: int = attrs.field(default=0, init=False)
 
     def push(
@@ -68,18 +68,17 @@ class WaitingRequests:
         again: bool = False,
         failed_on: frozenset[WorkerId] = frozenset(),
         generated_tokens: int = 0,
+        number: int | None = None,
     ) -> LaneName:
         """Let *request*, here since *since*, wait; return its lane.
 
-        One that waits *again* goes before its equals, as it did before.
+        One that waits *again* has the *number* that it had before, so that it
+        stands among its equals where it stood.
 
         Raises:
             PolicyError: The balancer broke its contract; nothing changed.
         """
-        if again:
-            self._first -= 1
-            number = self._first
-        else:
+        if number is None:
             self._last += 1
             number = self._last
         group = self._apart(request, failed_on)
@@ -163,7 +162,7 @@ class WaitingRequests:
             PolicyError: It broke its contract; the requests here are as before.
         """
         other = WaitingRequests(balancer, self.group, self.faults)
-        other._first, other._last = self._first, self._last
+        other._last = self._last
         for old in sorted(self._entries.values(), key=lambda entry: entry.number):
             entry = Entry(
                 old.request,
@@ -188,13 +187,28 @@ class WaitingRequests:
         """Sum of the waiting prompts."""
         return self._prompt_tokens
 
+    @property
+    def next_alarm(self) -> float:
+        """When somebody's place is to be asked for again; infinity for never."""
+        return self._alarms[0][0] if self._alarms else _NEVER
+
     def tokens_before(self, request: Request, view: View) -> int:
         """Sum of the prompts that would be sent before *request*, at most."""
-        return min(self.balancer.tokens_before(request, view), self._prompt_tokens)
+        beside = self.tokens_of(view.workers.models_beside(request.model))
+        return min(self.balancer.tokens_before(request, view), beside)
 
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
         return self._models[model]
+
+    def tokens_of(self, models: Collection[str] | None) -> int:
+        """Sum of the prompts for any of *models*; None for all."""
+        tokens = self._tokens
+        if models is None:
+            return self._prompt_tokens
+        if len(tokens) <= len(models):
+            return sum(tokens[model] for model in tokens if model in models)
+        return sum(tokens[model] for model in models if model in tokens)
 
     def since(self, id: RequestId) -> float | None:
         """Return when a waiting request arrived."""
@@ -255,6 +269,7 @@ class WaitingRequests:
             raise fault from fault.__cause__
         self._entries[request.id] = entry
         self._models[request.model] += 1
+        self._tokens[request.model] += request.prompt_tokens
         self._prompt_tokens += request.prompt_tokens
 
     def _place(self, entry: Entry, view: View) -> Place:
@@ -323,8 +338,9 @@ class WaitingRequests:
             self._alone = None
         self._prompt_tokens -= request.prompt_tokens
         self._models[request.model] -= 1
+        self._tokens[request.model] -= request.prompt_tokens
         if not self._models[request.model]:
-            del self._models[request.model]
+            del self._models[request.model], self._tokens[request.model]
         self.tell(self.balancer.unqueued, request, view)
         self.touch(entry.flow)
 

@@ -61,6 +61,21 @@ BAD = [
     (b.Vtc, "order", [b.Fcfs]),
     (b.Vtc, "weights", [{"t": 0}, {"t": math.inf}]),
     (b.Band, "order", [b.Fcfs]),
+    (b.Vtc, "weights", [{"t": 1e-320}]),
+    (b.Vtc, "tenant", ["x", None]),
+    (b.RateLimit, "tenant", [None]),
+    (b.Accounts, "by", ["tenant"]),
+    (b.Accounts, "weights", [{"t": 0}]),
+    (partial(b.Bands, [b.Band()]), "band", [3]),
+    (b.LongPrefillCap, "of", [3]),
+    (b.WeightedShortest, "worth", [1]),
+    (b.SloDeadline, "ttft_s", [-1, NAN, "fast"]),
+    (b.Dlpm, "look", [2.5, -1]),
+    (b.Las, "half_life", [1e-300]),
+    (b.AimdRoom, "start", ["8", 32.5]),
+    (b.AimdRoom, "lowest", [True]),
+    (b.AimdRoom, "highest", [0]),
+    (b.AimdRoom, "decrease", ["x", 0]),
 ]
 
 
@@ -83,6 +98,25 @@ def test_a_weight_that_never_holds_a_request_is_refused():
 def test_a_class_stands_for_no_band():
     with pytest.raises(PolicyError, match=r"\.order\b"):
         b.Bands([b.Vtc])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: b.Bands(3),
+        lambda: b.Bands([b.Band(name="x"), b.Band(name="x")]),
+        lambda: b.Bands([b.Band(name="1"), b.Band()]),
+        lambda: b.Bands([band := b.Band(), band]),
+        lambda: b.Band(name=5),
+        lambda: b.FlowControl(gates=b.QueueFull()),
+        lambda: b.FlowControl(rooms=b.FixedRoom()),
+        lambda: b.Vtc(b.Bands([b.Fcfs()])),
+        lambda: b.AimdRoom(decrease=1.0),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(make):
+    with pytest.raises(PolicyError):
+        make()
 
 
 GOOD = [

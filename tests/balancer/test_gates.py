@@ -263,3 +263,80 @@ def test_every_cause_of_a_refusal_is_named(shop):
     )
     assert not verdict.admitted
     assert verdict.explain().count("\n") == 2
+
+
+def two_models(gate):
+    """Two workers of a model each; A's has work for a long time before it."""
+    cluster = llmd.Cluster(balancer=b.FlowControl(gates=[gate]))
+    for model in "AB":
+        worker = llmd.Worker(id=model, models={model}, max_running=1)
+        cluster.handle(e.WorkerJoined(0.0, worker))
+    for number in range(41):
+        request = llmd.Request(
+            id=f"a{number}", prompt=range(8000), salt=f"{number}", model="A"
+        )
+        cluster.handle(e.RequestArrived(0.0, request))
+    return cluster
+
+
+@pytest.mark.parametrize(
+    "gate", [b.Saturation(max_wait_s=1e6), b.DeadlineInfeasible()], ids=str
+)
+def test_what_waits_for_other_workers_keeps_nobody_out(gate):
+    cluster = two_models(gate)
+    assert len(cluster.waiting) == 40
+    if isinstance(gate, b.Saturation):
+        gate.max_wait_s = 1.0
+
+    def outcome(model):
+        request = llmd.Request(id="r", prompt=range(100), model=model, deadline=0.5)
+        return cluster.verdict(request).outcome
+
+    assert outcome("B") == "admit"
+    assert outcome("A") == "reject"
+
+
+def test_models_on_one_worker_wait_for_each_other():
+    cluster = llmd.Cluster(balancer=b.FlowControl())
+    both = llmd.Worker(id="w", models={"A", "B"}, max_running=1)
+    other = llmd.Worker(id="v", models={"C"}, max_running=1)
+    for worker in (both, other):
+        cluster.handle(e.WorkerJoined(0.0, worker))
+    for number in range(3):
+        request = llmd.Request(id=f"{number}", prompt=range(50), model="A")
+        cluster.handle(e.RequestArrived(0.0, request))
+
+    def before(model):
+        request = llmd.Request(id="r", prompt=[1], model=model)
+        return cluster.waiting.tokens_before(request, cluster.view)
+
+    assert [before(model) for model in ("A", "B", "C", "")] == [100, 100, 0, 100]
+
+
+def test_explanations_tell_what_was_counted(shop):
+    gates = [b.RateLimit(requests_per_min=60.0), b.QueueFull(requests=10)]
+    sim = shop(b.FlowControl(gates=gates), places=1)
+    for _ in range(9):
+        sim.arrive("t")
+    lines = sim.cluster.verdict(llmd.Request(id="r", prompt=[1], tenant="t")).explain()
+    assert "rate limit: 10 <= 60 requests a minute" in lines
+    assert "queue full: 9 <= 10 requests" in lines
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        b.Bands([b.Band(name="x", max_tokens=100)]),
+        b.FlowControl(gates=[b.QueueFull(tokens=100)]),
+        b.FlowControl(gates=[b.QueueFull(requests=0)]),
+    ],
+    ids=["band", "tokens", "requests"],
+)
+def test_who_never_fits_is_not_told_to_come_back(shop, order):
+    sim = shop(order, places=1)
+    for _ in range(3):
+        sim.arrive(prompt=10)
+        sim.now += 1.0
+        sim.drain()
+    id = sim.arrive(prompt=200)
+    assert math.isnan(sim.failed[id].retry_after)

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 
 import llmd
 from llmd import balancer as b
 from llmd import commands as c
 from llmd import events as e
-from llmd.errors import InvalidEvent, PolicyError
+from llmd.errors import DeadlineExceeded, InvalidEvent, PolicyError
 
 
 class Shop:
@@ -259,13 +260,139 @@ def test_another_worker_is_kept_when_the_one_that_was_leaves():
     cluster.handle(e.RequestArrived(0.0, long))
     for at in (2.0, 2.1):  # it is overdue, then it is its turn
         cluster.handle(e.Tick(at))
-    first = flow._kept[1]
-    assert flow._kept[0] == "long"
+    first = flow._kept["long"].worker
     cluster.handle(e.WorkerLeft(3.0, first))
     cluster.handle(e.Tick(3.0))
-    assert flow._kept == ("long", "b" if first == "a" else "a")
+    assert flow._kept["long"].worker == ("b" if first == "a" else "a")
 
 
 def test_a_tuple_of_policies_is_no_policy():
     with pytest.raises(PolicyError, match="order"):
         b.FlowControl((b.Vtc(),))
+
+
+class Boom(b.Room):
+    """Raises in one hook, for one tenant or once."""
+
+    def __init__(self, hook):
+        self.hook, self.left = hook, 5
+
+    def open(self, request, share, view):
+        return np.ones(len(view.workers), dtype=np.bool_)
+
+    def _raise(self, hook, tenant):
+        if hook == self.hook and tenant == "bad" and self.left:
+            self.left -= 1
+            raise ValueError("boom")
+
+    def queued(self, request, view):
+        self._raise("queued", request.tenant)
+
+    def unqueued(self, request, view):
+        self._raise("unqueued", request.tenant)
+
+    def dispatched(self, booking, view):
+        self._raise("dispatched", booking.request.tenant)
+
+    def generated(self, booking, tokens, view):
+        self._raise("generated", booking.request.tenant)
+
+    def ended(self, booking, view):
+        self._raise("ended", booking.request.tenant)
+
+
+@pytest.mark.parametrize(
+    "hook", ["queued", "unqueued", "dispatched", "generated", "ended"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_hook_that_raises_leaves_no_count_behind(hook, first):
+    band, cap = b.Band(order=b.Vtc(), max_requests=5), b.LongPrefillCap(long_tokens=2)
+    rooms = [Boom(hook), cap] if first else [cap, Boom(hook)]
+    flow = b.FlowControl(b.Bands([band]), rooms=rooms)
+    shop = Shop(flow)
+    for number in range(12):
+        id = f"bad{number}"
+        shop.arrive(id, tenant="bad")
+        if id in shop.cluster.books:
+            worker = shop.cluster.books.get(id).decision.decode
+            shop.handle(e.FirstToken(shop.now, worker, id))
+        if id in shop.cluster.books:
+            shop.end(id)
+    assert band.waiting_requests == band.waiting_tokens == 0
+    assert band.order.ledger.waiting("bad") == 0
+    assert band.account.running == 0
+    assert flow.accounts["bad"].waiting == flow.accounts["bad"].running == 0
+    assert cap.under_way("w0") == 0
+    shop.arrive("good")
+    assert "good" in shop.sent
+
+
+def test_no_tokens_are_no_news():
+    aimd = b.AimdRoom(itl_s=0.1)
+    shop = Shop(b.FlowControl(rooms=[aimd]))
+    shop.arrive("r")
+    shop.handle(e.FirstToken(0.0, "w0", "r"))
+    assert shop.handle(e.TokensGenerated(0.1, "w0", "r", 0)) == []
+    shop.handle(e.TokensGenerated(0.2, "w0", "r", 1))
+    assert not shop.failed
+    assert shop.cluster.books.get("r").last_token_at == 0.2
+
+
+def test_who_is_too_late_is_not_sent():
+    shop = Shop(b.Fcfs())
+    shop.arrive("running")
+    shop.arrive("late", deadline=5.0)
+    shop.now = 5.0
+    shop.end("running")
+    assert "late" not in shop.sent
+    assert isinstance(shop.failed["late"], DeadlineExceeded)
+    shop.tick(1.0)
+    assert not shop.cluster.deadlines
+
+
+class Listed(b.Room):
+    def __init__(self, answer):
+        self.answer = answer
+
+    def open(self, request, share, view):
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [True, [True, True], [1], np.ones((1, 1), bool)])
+def test_a_room_that_is_no_mask_is_named(answer):
+    shop = Shop(b.FlowControl(rooms=[b.FixedRoom(), Listed(answer)]))
+    shop.arrive("r")
+    assert "Listed" in str(shop.failed["r"])
+
+
+def test_any_priority_has_a_worth():
+    for priority in (2000, -2000, 0):
+        order = b.WeightedShortest()
+        shop = Shop(order)
+        shop.arrive("r", priority=priority)
+        assert "r" in shop.sent
+
+
+def test_an_order_that_grows_restless_in_a_band_is_asked():
+    class Restless(b.Fcfs):
+        flows = ()
+
+        @property
+        def restless(self):
+            return self.flows
+
+        def flow(self, request):
+            return request.tenant
+
+        def turn(self, flow, view):
+            return view.now if flow == "a" else 5.0
+
+    order = Restless()
+    shop = Shop(b.Bands([order]))
+    shop.arrive("running")
+    shop.arrive("a", tenant="a")
+    shop.arrive("b", tenant="b")
+    order.flows = ("a",)
+    shop.now = 9.0
+    shop.end("running")
+    assert shop.sent[-1] == "b"

@@ -1,11 +1,14 @@
 """How much a worker may hold."""
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+import llmd
 from llmd import balancer as b
 from llmd.errors import PolicyError
+from llmd.sim import Job, Simulator, Workload, fleet
 
 
 def roomy(*rooms):
@@ -158,3 +161,41 @@ def test_a_budget_is_never_overdrawn_by_more_than_one_prompt(shop, arrivals):
     while sim.waiting:
         sim.wait(1.0)
     assert len(sim.sent) == len(arrivals)
+
+
+def of_time(room, seconds):
+    """Run three prompts in the simulator with nothing else to wake it."""
+    jobs = [
+        Job(
+            request=llmd.Request(id=f"r{n}", prompt=range(20_000), salt=f"{n}"),
+            output_tokens=2,
+            at=0.0,
+        )
+        for n in range(3)
+    ]
+    simulator = Simulator(llmd.Cluster(balancer=roomy(room)))
+    return simulator.run(Workload(name="w", jobs=jobs), fleet(1), until=seconds)
+
+
+def test_what_time_alone_allows_happens_in_the_simulator_too():
+    report = of_time(b.PromptBudget(tokens=1000, window_s=1.0), 1000.0)
+    # Each overdraws what 19 and 39 seconds make good.
+    assert report.completed == 3
+    waits = np.sort(report.dispatched - report.arrived)
+    assert waits == pytest.approx([0.0, 19.0, 39.0], abs=0.01)
+
+
+def test_a_worker_warms_up_in_the_simulator_too():
+    report = of_time(b.SlowStart(ramp=30.0, first=1), 1000.0)
+    assert report.completed == 3
+
+
+def test_a_limit_that_grew_is_used_at_once(shop):
+    aimd = b.AimdRoom(itl_s=5.0, start=2, samples=1)
+    sim = shop(roomy(aimd), places=9)
+    ids = [sim.arrive() for _ in range(4)]
+    for id in ids[:2]:
+        sim.token(id)
+    sim.now = 2.0
+    sim.token(ids[0])  # a window of fast tokens: no event but this one
+    assert ids[2] in sim.sent

@@ -12,7 +12,7 @@ import attrs
 from ..booking import Booking
 from ..types import Request
 from ..view import View
-from .amounts import AMOUNT, COUNT_LIMIT
+from .amounts import AMOUNT, COUNT_LIMIT, a_callable, weights
 from .interface import Listener
 from .ledger import Ledger
 
@@ -124,6 +124,8 @@ class Accounts(Listener):
         most: Accounts kept while nothing of them is in flight.
         prompt_weight: Of a prompt token, in the service gap.
         output_weight: Of a generated token, in the service gap.
+        weights: What each tenant deserves, relative to 1.0 of others; service is
+            divided by it in the gap and in `jain`.
         others: What closed accounts had.
 
     >>> Accounts().jain()
@@ -131,11 +133,12 @@ class Accounts(Listener):
     """
 
     by: Callable[[Request], Hashable] = attrs.field(
-        default=attrgetter("tenant"), repr=False
+        default=attrgetter("tenant"), validator=a_callable, repr=False
     )
     most: float = attrs.field(default=1000, validator=COUNT_LIMIT)
     prompt_weight: float = attrs.field(default=1.0, validator=AMOUNT)
     output_weight: float = attrs.field(default=2.0, validator=AMOUNT)
+    weights: Mapping[Hashable, float] = attrs.field(factory=dict, validator=weights)
     others: Account = attrs.field(factory=Account, init=False)
     # The first of a plain dict is behind the holes of all that left before it.
     _accounts: OrderedDict[Hashable, Account] = attrs.field(
@@ -158,7 +161,7 @@ class Accounts(Listener):
 
     def jain(self, weights: Mapping[Hashable, float] | None = None) -> float:
         """Return Jain's index over served tokens, each over its weight."""
-        weights = weights or {}
+        weights = self.weights if weights is None else weights
         return jain(
             account.served_tokens / weights.get(tenant, 1.0)
             for tenant, account in self._accounts.items()
@@ -187,16 +190,19 @@ class Accounts(Listener):
         self._account(tenant).sent(booking, view.now)
         if not booking.again:
             tokens = booking.request.prompt_tokens
-            self._ledger.add(tenant, self.prompt_weight * tokens)
+            self._charge(tenant, self.prompt_weight * tokens)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
         tenant = self.by(booking.request)
         self._account(tenant).output_tokens += tokens
-        self._ledger.add(tenant, self.output_weight * tokens)
+        self._charge(tenant, self.output_weight * tokens)
 
     def ended(self, booking: Booking, view: View) -> None:
         account = self._account(self.by(booking.request))
         account.running = max(account.running - 1, 0)
+
+    def _charge(self, tenant: Hashable, service: float) -> None:
+        self._ledger.add(tenant, service / self.weights.get(tenant, 1.0))
 
     def _account(self, tenant: Hashable) -> Account:
         account = self._accounts.get(tenant)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from heapq import heapify, heappop, heappush
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any
 
 import attrs
 import numpy as np
 
 from ..amounts import a_number, kind
 from ..booking import Booking
-from ..errors import PolicyError
+from ..errors import PolicyError, shown
 from ..types import Request, RequestId
-from ..view import Mask, View
+from ..view import Mask, View, Waiting
 from .accounts import Account
-from .amounts import COUNT, WAIT
+from .ageing import Ageing
+from .amounts import COUNT, WAIT, a_callable
 from .interface import Place, QueueBalancer
 from .orders import Fcfs
 from .over import room_among
 from .pace import Pace
 from .verdict import Check, Verdict
 
-_Line: TypeAlias = tuple[float, int, RequestId]
 OVERDUE = (-1, "")
-"""The flow of the one overdue request whose turn it is."""
+"""The flow of the overdue requests whose turn it is."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -47,7 +47,7 @@ class Band:
     100000
     """
 
-    name: str = ""
+    name: str = attrs.field(default="", validator=kind(str))
     order: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
     ceiling: float = attrs.field(default=1.0, validator=a_number(above=True, most=1))
     max_wait: float = attrs.field(default=math.inf, validator=WAIT)
@@ -56,6 +56,7 @@ class Band:
     account: Account = attrs.field(factory=Account, init=False, repr=False)
     waiting_requests: int = attrs.field(default=0, init=False)
     waiting_tokens: int = attrs.field(default=0, init=False)
+    _models: Counter[str] = attrs.field(factory=Counter, init=False, repr=False)
     _pace: Pace = attrs.field(factory=Pace, init=False, repr=False)
 
     def check(self, request: Request) -> Check | None:
@@ -65,16 +66,28 @@ class Band:
         name = f"band {self.name} full"
         if requests > self.max_requests:
             limit, unit = float(self.max_requests), "requests"
-            return Check(name, requests, limit, unit, False, "", self._pace.each_s)
+            retry = self._pace.each_s if limit else math.nan
+            return Check(name, requests, limit, unit, False, "", retry)
         if tokens > self.max_tokens:
-            limit = self.max_tokens
-            return Check(name, tokens, limit, "tokens", False, "", self._pace.each_s)
+            limit, never = self.max_tokens, request.prompt_tokens > self.max_tokens
+            retry = math.nan if never else self._pace.each_s
+            return Check(name, tokens, limit, "tokens", False, "", retry)
         return None
+
+    def tokens_of(self, models: Collection[str] | None) -> int:
+        """Sum of its waiting prompts for any of *models*; None for all."""
+        if models is None:
+            return self.waiting_tokens
+        return sum(self._models[model] for model in models if model in self._models)
 
     def count(self, request: Request, by: int) -> None:
         """Count a request that begins or ceases to wait."""
         self.waiting_requests += by
         self.waiting_tokens += by * request.prompt_tokens
+        model, models = request.model, self._models
+        models[model] += by * request.prompt_tokens
+        if not models[model]:
+            del models[model]
         self.account.waiting = self.waiting_requests
 
     def sent(self, booking: Booking, at: float) -> None:
@@ -84,55 +97,50 @@ class Band:
 
 
 def _as_bands(of: Sequence[Band | QueueBalancer]) -> tuple[Band, ...]:
+    if isinstance(of, str | bytes) or not isinstance(of, Iterable):
+        raise PolicyError(f"Bands.of is {shown(of)}, must be a list of bands")
     bands = [b if isinstance(b, Band) else Band(order=b) for b in of]
-    for number, band in enumerate(bands):
-        band.name = band.name or str(number)
     if not bands:
         raise PolicyError("Bands needs at least one band")
+    for number, band in enumerate(bands):
+        band.name = band.name or str(number)
+    names = [band.name for band in bands]
+    if len(set(names)) < len(names) or len(set(map(id, bands))) < len(bands):
+        raise PolicyError(f"two bands have one name, or are one band: {names}")
     return tuple(bands)
 
 
 @attrs.define(eq=False)
-class Overdue:
-    """Requests that have waited too long, the longest overdue first.
+class _OfBand:
+    """The requests of one band that wait: the whole queue to the band's order."""
 
-    Each call is O(log n), amortised: what left is passed over.
+    band: Band
+    number: int
+    bands: Bands
+    all: Waiting
 
-    >>> overdue = Overdue()
-    >>> overdue.add("b", 2.0), overdue.add("a", 1.0), overdue.longest()
-    (None, None, 'a')
-    >>> overdue.drop("a"), overdue.longest()
-    (None, 'b')
-    """
+    def __len__(self) -> int:
+        return self.band.waiting_requests
 
-    _lines: dict[RequestId, _Line] = attrs.field(factory=dict, init=False)
-    _heap: list[_Line] = attrs.field(factory=list, init=False)
-    _added: int = attrs.field(default=0, init=False)
+    def __iter__(self) -> Iterator[Request]:
+        of, number = self.bands.index, self.number
+        return (request for request in self.all if of(request) == number)
 
-    def add(self, id: RequestId, due: float) -> None:
-        """Note a request; one that is known already keeps its place."""
-        if id in self._lines:
-            return
-        self._added += 1
-        line = self._lines[id] = due, self._added, id
-        heappush(self._heap, line)
-        if len(self._heap) > 2 * len(self._lines) + 64:
-            self._heap = [*self._lines.values()]
-            heapify(self._heap)
+    @property
+    def prompt_tokens(self) -> int:
+        return self.band.waiting_tokens
 
-    def drop(self, id: RequestId) -> None:
-        """Forget a request that waits no more."""
-        self._lines.pop(id, None)
+    def tokens_before(self, request: Request, view: View) -> int:
+        return self.all.tokens_before(request, view)
 
-    def longest(self) -> RequestId | None:
-        """Return the one overdue longest; None if none is."""
-        heap = self._heap
-        while heap:
-            line = heap[0]
-            if self._lines.get(line[2]) is line:
-                return line[2]
-            heappop(heap)
-        return None
+    def of_model(self, model: str) -> int:
+        return sum(request.model == model for request in self)
+
+    def tokens_of(self, models: Collection[str] | None) -> int:
+        return self.band.tokens_of(models)
+
+    def since(self, id: RequestId) -> float | None:
+        return self.all.since(id)
 
 
 @attrs.define(eq=False)
@@ -141,16 +149,18 @@ class Bands(QueueBalancer):
 
     Strict: while a higher band waits for a worker, a lower one does not get
     it.  Two things soften that.  *Hold-back*: a band may fill only its
-    ceiling's part of a worker, at least one request, so that a burst of a
-    higher band finds room.  *Ageing*: a request that has waited for its
-    band's `max_wait` is overdue, and one dispatch in *every* goes to whoever
-    is overdue longest, hold-back or not; for the others it stays in its place.
-    A request therefore waits at most for max_wait and then *every* dispatches
-    for each of those overdue before it, and the bands above lose at most one
-    part in *every*.
+    ceiling's part of what a worker batches at once, and of the rooms of
+    `FlowControl`, at least one request, so that a burst of a higher band finds
+    room; a limit of the band's own order is not divided.  *Ageing*: a request
+    that has waited for its band's `max_wait` is overdue, and one dispatch in
+    *every* goes to whoever is overdue longest, hold-back or not; for the others
+    it stays in its place.  Each model and adapter counts for itself.  A request
+    therefore waits at most for max_wait and then *every* dispatches of its
+    model and adapter for each of those overdue before it, and the bands above
+    lose at most one part in *every*.
 
     Requests of a lower band make place for a higher one while they are
-    sheddable, have streamed nothing and are not overdue.
+    sheddable, have streamed nothing (or can be resumed) and are not overdue.
 
     Attributes:
         of: The bands, highest first; a balancer stands for a band with no
@@ -166,22 +176,13 @@ class Bands(QueueBalancer):
 
     of: tuple[Band, ...] = attrs.field(converter=_as_bands)
     band: Callable[[Request], int] = attrs.field(
-        default=attrgetter("priority"), repr=False
+        default=attrgetter("priority"), validator=a_callable, repr=False
     )
     every: int = attrs.field(default=8, validator=COUNT)
-    _since_overdue: int = attrs.field(default=0, init=False)
-    _overdue: Overdue = attrs.field(factory=Overdue, init=False, repr=False)
-    _chosen: RequestId | None = attrs.field(default=None, init=False, repr=False)
-    _restless: tuple[Hashable, ...] = attrs.field(init=False, repr=False)
+    _ageing: Ageing = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self._restless = tuple(
-            [
-                (number, flow)
-                for number, band in enumerate(self.of)
-                for flow in band.order.restless
-            ]
-        )
+        self._ageing = Ageing(self.every)
 
     def index(self, request: Request) -> int:
         """Return the number of a request's band; beyond the ends, the nearest."""
@@ -210,46 +211,51 @@ class Bands(QueueBalancer):
         due, until = since + band.max_wait, below.until
         if view.now < due:
             until = min(until, due)
-        elif request.id == self._chosen:
+        elif request.id in self._ageing:
             return Place(due, OVERDUE, below.lane)
-        else:
-            self._overdue.add(request.id, due)
+        elif not self._ageing.add(request, due):
+            until = view.now  # begins to wait, overdue as it is: ask again
         return Place(below.key, (number, below.flow), below.lane, until)
 
     @property
     def restless(self) -> Collection[Hashable]:
-        return self._restless
+        return [
+            (number, flow)
+            for number, band in enumerate(self.of)
+            for flow in band.order.restless
+        ]
 
     def tokens_before(self, request: Request, view: View) -> int:
+        models = view.workers.models_beside(request.model)
         before = self.of[: self.index(request) + 1]
-        return sum(band.waiting_tokens for band in before)
+        return sum(band.tokens_of(models) for band in before)
 
     @property
-    def pressing(self) -> RequestId | None:
-        """The overdue request whose turn it is."""
-        return self._chosen
+    def pressing(self) -> Collection[RequestId]:
+        """The overdue requests whose turn it is."""
+        return self._ageing.chosen
+
+    def opens_at(self, view: View) -> float:
+        return min(band.order.opens_at(view) for band in self.of)
 
     def moved(self, view: View) -> Iterable[RequestId]:
         moved = [id for band in self.of for id in band.order.moved(view)]
-        turn = self._since_overdue + 1 >= self.every
-        chosen = self._overdue.longest() if turn else None
-        if chosen != self._chosen:
-            moved += [id for id in (self._chosen, chosen) if id is not None]
-            self._chosen = chosen
+        moved += self._ageing.moved()
         return moved
 
     def admit(self, request: Request, view: View) -> Verdict:
-        band = self._of(request)
+        number = self.index(request)
+        band = self.of[number]
         check = band.check(request)
         if check is not None:
             return Verdict.of([check])
-        return band.order.admit(request, view)
+        alone = view.waited(_OfBand(band, number, self, view.waiting))
+        return band.order.admit(request, alone)
 
     def share(self, request: Request, view: View) -> float:
-        band = self._of(request)
-        since = view.waiting.since(request.id)
-        if since is not None and view.now >= since + band.max_wait:
+        if request.id in self._ageing:
             return 1.0
+        band = self._of(request)
         return band.ceiling * band.order.share(request, view)
 
     def room(self, request: Request, view: View) -> Mask:
@@ -259,6 +265,9 @@ class Bands(QueueBalancer):
         workers = view.workers
         open: Mask = workers.running_requests < np.ceil(workers.max_running * share)
         return room_among(order, request, view, open)
+
+    def preempts(self, request: Request, view: View) -> bool:
+        return self.index(request) < len(self.of) - 1
 
     def yields(self, booking: Booking, request: Request, view: View) -> bool:
         number = self.index(booking.request)
@@ -271,22 +280,21 @@ class Bands(QueueBalancer):
 
     def queued(self, request: Request, view: View) -> None:
         band = self._of(request)
+        band.order.queued(request, view)  # counted only if that went well
         band.count(request, 1)
-        band.order.queued(request, view)
+        self._ageing.enter(request)
 
     def unqueued(self, request: Request, view: View) -> None:
         band = self._of(request)
         band.count(request, -1)
-        self._overdue.drop(request.id)
+        self._ageing.leave(request)
         band.order.unqueued(request, view)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         band = self._of(booking.request)
-        self._since_overdue += 1
-        if booking.request.id == self._chosen:
-            self._since_overdue, self._chosen = 0, None
-        band.sent(booking, view.now)
         band.order.dispatched(booking, view)
+        self._ageing.sent(booking.request)
+        band.sent(booking, view.now)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
         band = self._of(booking.request)

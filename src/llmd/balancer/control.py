@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Collection, Hashable, Iterable
+from typing import Any
 
 import attrs
 import numpy as np
 
 from ..amounts import kind
 from ..booking import Booking
+from ..errors import PolicyError, shown
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
 from .accounts import Accounts
@@ -17,6 +20,25 @@ from .interface import Listener, Place
 from .over import Over, room_among
 from .rooms import Room
 from .verdict import Verdict
+
+
+@attrs.define(eq=False)
+class Kept:
+    """A worker that is kept for a request that presses.
+
+    Attributes:
+        worker: Which; "" for none.
+        refused: Those that did not take it when they were idle.
+    """
+
+    worker: WorkerId = ""
+    refused: set[WorkerId] = attrs.field(factory=set)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise PolicyError(f"FlowControl takes lists of gates and rooms: {shown(value)}")
+    return tuple(value)
 
 
 @attrs.define(eq=False)
@@ -43,12 +65,12 @@ class FlowControl(Over):
 
     gates: tuple[Gate, ...] = attrs.field(
         default=(),
-        converter=tuple,
+        converter=_listed,
         validator=attrs.validators.deep_iterable(kind(Gate)),
     )
     rooms: tuple[Room, ...] = attrs.field(
         default=(),
-        converter=tuple,
+        converter=_listed,
         validator=attrs.validators.deep_iterable(kind(Room)),
     )
     accounts: Accounts | None = attrs.field(
@@ -57,8 +79,7 @@ class FlowControl(Over):
         repr=False,
     )
     _listeners: tuple[Listener, ...] = attrs.field(init=False, repr=False)
-    # Who presses, and the worker that is kept for it.
-    _kept: tuple[RequestId, WorkerId] = attrs.field(default=("", ""), init=False)
+    _kept: dict[RequestId, Kept] = attrs.field(factory=dict, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         accounts = () if self.accounts is None else (self.accounts,)
@@ -82,55 +103,105 @@ class FlowControl(Over):
         if not self.rooms:
             return self.order.room(request, view)
         share = self.order.share(request, view)
-        open = self.rooms[0].open(request, share, view)
+        open = _opened(self.rooms[0], request, share, view)
         for each in self.rooms[1:]:
-            open = open & each.open(request, share, view)
+            open = open & _opened(each, request, share, view)
         pressing = self.order.pressing
-        if pressing is None:
+        if not pressing:
             return room_among(self.order, request, view, open)
-        return self._past(pressing, request, view, open)
-
-    def _past(
-        self, pressing: RequestId, request: Request, view: View, open: Mask
-    ) -> Mask:
-        """Say where *request* may go past one that presses, perhaps itself.
-
-        Requests of other lanes could keep every worker too full for it for ever,
-        so the worker that has least to compute takes nothing else meanwhile.
-        """
-        workers = view.workers
-        if request.id != pressing:
-            if self._kept[0] == pressing and self._kept[1] in workers.ids:
-                open = open.copy()
-                open[workers.ids.index(self._kept[1])] = False
+        if request.id not in pressing:
+            self._keep_out(pressing, open := open.copy(), view)
             return room_among(self.order, request, view, open)
         room = room_among(self.order, request, view, open)
-        kept = self._kept[0] == pressing and self._kept[1] in workers.ids
-        if not room.any() and not kept and len(workers.ids):
-            row = int(np.argmin(workers.prefill_tokens))
-            self._kept = pressing, workers.ids[row]
+        if not room.any():
+            self._keep(pressing, request, room, view)
         return room
 
+    def _keep(
+        self, pressing: Collection[RequestId], request: Request, room: Mask, view: View
+    ) -> None:
+        """Keep a worker for one that presses and finds no room.
+
+        Requests of other lanes could keep every worker too full for it for ever,
+        so the one that could take it and has least to compute takes nothing else
+        meanwhile.  One that is idle and still closed to it will never do.
+        """
+        for gone in [id for id in self._kept if id not in pressing]:
+            del self._kept[gone]
+        kept = self._kept.setdefault(request.id, Kept())
+        could = np.ones(len(room), dtype=np.bool_)
+        for each in self.rooms:
+            could = could & each.could(request, view)
+        ids, workers = view.workers.ids, view.workers
+        idle = (workers.running_requests == 0) & ~room
+        if kept.worker in ids and idle[ids.index(kept.worker)]:
+            kept.refused.add(kept.worker)
+        could &= [id not in kept.refused for id in ids]
+        if kept.worker in ids and could[ids.index(kept.worker)]:
+            return
+        least = np.where(could, workers.prefill_tokens, np.inf)
+        kept.worker = ids[int(np.argmin(least))] if could.any() else ""
+
+    def _keep_out(
+        self, pressing: Collection[RequestId], open: Mask, view: View
+    ) -> None:
+        """Close, in *open*, what is kept for one that presses."""
+        kept = {self._kept[id].worker for id in pressing if id in self._kept}
+        for row, worker in enumerate(view.workers.ids):
+            if worker in kept:
+                open[row] = False
+
+    def opens_at(self, view: View) -> float:
+        rooms = [room.opens_at(view) for room in self.rooms]
+        return min([self.order.opens_at(view), *rooms])
+
     def admitted(self, request: Request, view: View) -> None:
-        for listener in self._listeners:
-            listener.admitted(request, view)
+        self._tell_all("admitted", request, view)
 
     def queued(self, request: Request, view: View) -> None:
-        for listener in self._listeners:
-            listener.queued(request, view)
+        self._begin("queued", "unqueued", request, view)
 
     def unqueued(self, request: Request, view: View) -> None:
-        for listener in self._listeners:
-            listener.unqueued(request, view)
+        self._tell_all("unqueued", request, view)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        for listener in self._listeners:
-            listener.dispatched(booking, view)
+        self._begin("dispatched", "ended", booking, view)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
-        for listener in self._listeners:
-            listener.generated(booking, tokens, view)
+        self._tell_all("generated", booking, tokens, view)
 
     def ended(self, booking: Booking, view: View) -> None:
+        self._tell_all("ended", booking, view)
+
+    def _tell_all(self, hook: str, *what: Any) -> None:
+        """Tell every listener, and raise the first error when all have heard."""
+        error: Exception | None = None
         for listener in self._listeners:
-            listener.ended(booking, view)
+            try:
+                getattr(listener, hook)(*what)
+            except Exception as raised:
+                error = error or raised
+        if error is not None:
+            raise error
+
+    def _begin(self, hook: str, undo: str, *what: Any) -> None:
+        """Tell every listener of a beginning; if one raises, none has heard it."""
+        for told, listener in enumerate(self._listeners):
+            try:
+                getattr(listener, hook)(*what)
+            except Exception:
+                for heard in self._listeners[:told]:
+                    with contextlib.suppress(Exception):
+                        getattr(heard, undo)(*what)
+                raise
+
+
+def _opened(room: Room, request: Request, share: float, view: View) -> Mask:
+    """Ask a room, and check what it says: all of them together would hide it."""
+    open: Mask = np.asarray(room.open(request, share, view))
+    if open.shape != (len(view.workers),) or open.dtype != np.bool_:
+        raise PolicyError(
+            f"{type(room).__name__} gave {open.dtype}{open.shape} for"
+            f" {len(view.workers)} workers"
+        )
+    return open

@@ -1,7 +1,8 @@
 """Fairness among tenants: who has had least goes next.
 
 All count in `Ledger`s, one for each policy object.  Tenants are compared over
-everything they had through that object, whatever the model.
+everything they had through that object, whatever the model; the bounds hold
+between tenants whose requests the same workers can serve.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ from typing import Any
 
 import attrs
 
-from ..amounts import kind
+from ..amounts import a_number, kind
 from ..booking import Booking
+from ..errors import PolicyError
 from ..types import Request
 from ..view import View
-from .amounts import AMOUNT, POSITIVE, weights
+from .amounts import AMOUNT, POSITIVE, a_callable, weights
+from .bands import Bands
 from .interface import Place, QueueBalancer
 from .ledger import Ledger
 from .orders import Fcfs
 from .over import Over
 
+_LEVELS = 4096
+"""Models whose level is remembered."""
+
 _tenant: Callable[[Request], Hashable] = attrgetter("tenant")
+
+
+def _no_bands(instance: object, field: Any, value: QueueBalancer) -> None:
+    if isinstance(value, Bands):
+        name = type(instance).__name__
+        raise PolicyError(
+            f"{name}({type(value).__name__}): fair orders go inside bands"
+        )
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -38,11 +52,14 @@ class Fair(Over, abc.ABC):
     """
 
     order: QueueBalancer = attrs.field(
-        factory=Fcfs, kw_only=False, validator=kind(QueueBalancer)
+        factory=Fcfs, kw_only=False, validator=[kind(QueueBalancer), _no_bands]
     )
     weights: Mapping[Hashable, float] = attrs.field(factory=dict, validator=weights)
-    tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
+    tenant: Callable[[Request], Hashable] = attrs.field(
+        default=_tenant, validator=a_callable, repr=False
+    )
     ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
+    _level: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
 
     def flow(self, request: Request) -> Hashable:
         return self.tenant(request)
@@ -61,8 +78,10 @@ class Fair(Over, abc.ABC):
         return Place(below.key, self.flow(request), below.lane, below.until)
 
     def queued(self, request: Request, view: View) -> None:
-        self.ledger.open(self.tenant(request))
         self.order.queued(request, view)
+        # Who waits for workers that are not there must not hold the level down.
+        level = self._level.get(request.model, 0.0)
+        self.ledger.open(self.tenant(request), level)
 
     def unqueued(self, request: Request, view: View) -> None:
         self.ledger.close(self.tenant(request))
@@ -81,9 +100,13 @@ class Fair(Over, abc.ABC):
         return float(tokens)
 
     def dispatched(self, booking: Booking, view: View) -> None:
-        if not booking.again:  # what was shed or lost is paid for once
-            self.charge(booking.request, self.prompt_cost(booking), view)
         self.order.dispatched(booking, view)
+        request = booking.request
+        if len(self._level) >= _LEVELS:
+            self._level.clear()
+        self._level[request.model] = self.ledger[self.tenant(request)]
+        if not booking.again:  # what was shed or lost is paid for once
+            self.charge(request, self.prompt_cost(booking), view)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:
         self.charge(booking.request, self.token_cost(tokens), view)
@@ -180,8 +203,8 @@ class Las(Vtc):
     A tenant new to the system goes first, and old sins are forgiven.  Nuyens
     and Wierman, "The Foreground-Background queue: a survey", Performance
     Evaluation 65, 2008.  Two tenants that wait throughout differ in attained
-    service, decayed, by at most what one request adds; no bound holds against
-    a stream of ever new tenants, which is why bands age.
+    service, decayed, by at most what the requests of one that run at once add;
+    no bound holds against a stream of ever new tenants, which is why bands age.
 
     Counters are kept as log2(service) + time / half-life, in which decay
     changes no order, so that nothing needs to be updated as time passes.
@@ -193,7 +216,7 @@ class Las(Vtc):
     30.0
     """
 
-    half_life: float = attrs.field(default=60.0, validator=POSITIVE)
+    half_life: float = attrs.field(default=60.0, validator=a_number(1e-3))
     ledger: Ledger = attrs.field(
         factory=lambda: Ledger(lifts=False), init=False, repr=False
     )
@@ -201,9 +224,9 @@ class Las(Vtc):
     def queued(self, request: Request, view: View) -> None:
         past = view.now / self.half_life
         # Less than one token attained is as good as nothing.
-        self.ledger.forget_below(past)
-        self.ledger.open(self.tenant(request), start=past)
         self.order.queued(request, view)
+        self.ledger.forget_below(past)
+        self.ledger.open(self.tenant(request), past)
 
     def charge(self, request: Request, tokens: float, view: View) -> None:
         if tokens <= 0:

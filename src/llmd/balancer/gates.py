@@ -20,7 +20,7 @@ from ..router.interface import Router
 from ..router.seconds import EarliestFirstToken
 from ..types import Request
 from ..view import View
-from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, weights
+from .amounts import COUNT_LIMIT, LIMIT, POSITIVE, WAIT, a_callable, weights
 from .interface import Listener
 from .pace import Pace
 from .verdict import Check
@@ -53,7 +53,7 @@ class QueueFull(Gate):
     """Refuses more than so many waiting requests and prompt tokens, in all.
 
     Who is refused is told to come back when another has been sent on, at the
-    pace of the last dispatches.
+    pace of the last dispatches; who can never enter, not at all.
 
     >>> QueueFull(requests=500).tokens
     inf
@@ -64,15 +64,16 @@ class QueueFull(Gate):
     _pace: Pace = attrs.field(factory=Pace, init=False, repr=False)
 
     def check(self, request: Request, share: float, view: View) -> Check:
-        waiting = view.waiting
-        requests = len(waiting) + 1
-        limit, retry, name = self.requests, self._pace.each_s, "queue full"
-        if requests > limit:
-            return Check(name, requests, limit, "requests", False, "", retry)
-        tokens = waiting.prompt_tokens + request.prompt_tokens
-        if tokens > self.tokens:
-            return Check(name, tokens, self.tokens, "tokens", False, "", retry)
-        return Check(name, tokens, self.tokens, "tokens", True)
+        waiting, own = view.waiting, request.prompt_tokens
+        # What is nearer to its limit, or further beyond it.
+        value, limit, unit = max(
+            (float(len(waiting) + 1), self.requests, "requests"),
+            (float(waiting.prompt_tokens + own), self.tokens, "tokens"),
+            key=lambda each: each[0] / each[1] if each[1] else math.inf,
+        )
+        passed, never = value <= limit, not self.requests or own > self.tokens
+        retry = math.nan if passed or never else self._pace.each_s
+        return Check("queue full", value, limit, unit, passed, "", retry)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         self._pace.count(view.now)
@@ -110,7 +111,9 @@ class RateLimit(Gate):
     tokens_per_min: float = attrs.field(default=math.inf, validator=LIMIT)
     burst_s: float = attrs.field(default=60.0, validator=POSITIVE)
     weights: dict[Hashable, float] = attrs.field(factory=dict, validator=weights)
-    tenant: Callable[[Request], Hashable] = attrs.field(default=_tenant, repr=False)
+    tenant: Callable[[Request], Hashable] = attrs.field(
+        default=_tenant, validator=a_callable, repr=False
+    )
     max_tenants: float = attrs.field(default=10_000, validator=COUNT_LIMIT)
     _buckets: OrderedDict[Hashable, _Bucket] = attrs.field(
         factory=OrderedDict, init=False, repr=False
@@ -139,14 +142,15 @@ class RateLimit(Gate):
             ),
         )
         lack, rate, unit = max(
-            lacks, key=lambda each: each[0] / each[1] if each[1] < math.inf else -1.0
+            lacks,
+            key=lambda each: each[0] / each[1] if each[1] < math.inf else -math.inf,
         )
+        limit, unit = rate * 60.0, f"{unit} a minute"
+        value = max(limit + lack, 0.0) if limit < math.inf else 0.0
         if lack <= 1e-9 or rate == math.inf:
-            unit, limit = "requests a minute", self.requests_per_min
-            return Check("rate limit", 0.0, limit, unit, True)
-        value = rate * 60.0 + lack
-        name, unit = f"rate limit of {tenant!r}", f"{unit} a minute"
-        return Check(name, value, rate * 60.0, unit, False, "", lack / rate)
+            return Check("rate limit", min(value, limit), limit, unit, True)
+        name = f"rate limit of {tenant!r}"
+        return Check(name, value, limit, unit, False, "", lack / rate)
 
     def admitted(self, request: Request, view: View) -> None:
         self._take(self.tenant(request), 1.0, request.prompt_tokens, view.now)
@@ -207,9 +211,11 @@ class DeadlineInfeasible(Gate):
     """Refuses whom no worker can give a first token in time.
 
     Its first token is expected after the prompts that wait here and go before
-    it, spread over the ready workers, and then what the router says of the best
-    worker.  The
-    estimate uses only the cluster's own books, which are never stale.
+    it, for models that compete with its own, spread over the workers that can
+    serve it, and then what the router says of the best of them.  That is the
+    least it can take: places and answers that it may have to wait for are not
+    counted, so nobody is refused who could make it.  The estimate uses only the
+    cluster's own books, which are never stale.
 
     Attributes:
         router: Prices in seconds to a first token.
@@ -232,9 +238,9 @@ class DeadlineInfeasible(Gate):
         if request.deadline == math.inf:
             return Check("deadline", 0.0, math.inf, "s to first token", True)
         left = request.deadline - view.now
-        ready = view.only(view.workers.ready())
+        ready = view.able(request)
         if not len(ready.workers):
-            note = "no worker is ready, not estimated"
+            note = "no worker is ready for it, not estimated"
             return Check("deadline", 0.0, left, "s to first token", left > 0, note)
         own = float(np.min(self.router.cost(request, ready)))
         queued = _queued_s(request, view, self.machine, len(ready.workers))
@@ -249,13 +255,13 @@ class DeadlineInfeasible(Gate):
 
 @attrs.define(eq=False, kw_only=True)
 class Saturation(Gate):
-    """Refuses when the fleet is full, lower shares first.
+    """Refuses when the workers that could serve a request are full.
 
     Saturation is the larger of two parts, each 1.0 at its limit: the prompts
-    that wait here before it in seconds of work for each ready worker, over
-    *max_wait_s*;
-    and the KV usage of the emptiest ready worker over *max_kv_usage*.  A
-    request enters while saturation is below its share.
+    that wait here before it in seconds of work for each of these workers, over
+    *max_wait_s*; and the KV usage of the emptiest of them over *max_kv_usage*.
+    A request enters while saturation is below its share, so lower bands are
+    refused first.
 
     The engine's own KV figure is used, or the cluster's books if they say
     more.  A figure older than *stale_s* counts as absent: the books alone
@@ -278,9 +284,9 @@ class Saturation(Gate):
     machine: Machine = attrs.field(factory=Machine, validator=kind(Machine), repr=False)
 
     def check(self, request: Request, share: float, view: View) -> Check:
-        workers = view.only(view.workers.ready()).workers
+        workers = view.able(request).workers
         if not len(workers):
-            note = "no worker is ready, not measured"
+            note = "no worker is ready for it, not measured"
             return Check("saturation", 0.0, share, "of 1", True, note)
         wait = _queued_s(request, view, self.machine, len(workers))
         booked = workers.context_tokens / workers.kv_tokens

@@ -40,7 +40,8 @@ class Listener(Copied):
     """Hears what becomes of requests; every hook may be left alone.
 
     A request is `queued` and `unqueued` each time it waits, in turn, and a
-    booking is `dispatched` and `ended` once, also one that waits again.  A
+    booking is `dispatched` and `ended` once, also one that waits again.  Where
+    `queued` or `dispatched` raises, its counterpart does not follow.  A
     listener put into a running cluster has not heard the beginning of what
     is already in flight.
     """
@@ -129,13 +130,20 @@ class QueueBalancer(Listener, abc.ABC):
         return ()
 
     def tokens_before(self, request: Request, view: View) -> int:
-        """Return the waiting prompt tokens that go before *request*, at most."""
-        return view.waiting.prompt_tokens
+        """Return the waiting prompt tokens that go before *request*, at most.
+
+        Those that no worker of its own could serve do not count.
+        """
+        return view.waiting.tokens_of(view.workers.models_beside(request.model))
 
     @property
-    def pressing(self) -> RequestId | None:
-        """The request that has waited too long for others to be sent past it."""
-        return None
+    def pressing(self) -> Collection[RequestId]:
+        """Requests that have waited too long for others to be sent past them."""
+        return ()
+
+    def opens_at(self, view: View) -> float:
+        """Return when time alone makes room, or has made it; infinity for never."""
+        return math.inf
 
     def admit(self, request: Request, view: View) -> Verdict:
         """Say whether *request* may wait here at all."""
@@ -155,9 +163,13 @@ class QueueBalancer(Listener, abc.ABC):
         """
         return view.workers.running_requests < view.workers.max_running
 
+    def preempts(self, request: Request, view: View) -> bool:
+        """Say whether any work might make place for *request*; False saves looking."""
+        return type(self).yields is not QueueBalancer.yields
+
     def yields(self, booking: Booking, request: Request, view: View) -> bool:
         """Say whether running work makes place for a request without room.
 
-        Asked only of sheddable bookings that streamed nothing.
+        Asked only of sheddable bookings that streamed nothing or can be resumed.
         """
         return False

@@ -88,7 +88,8 @@ class Ledger:
 
         Args:
             tenant: Whose request it is.
-            start: What a tenant never seen begins with, if none are lifted.
+            start: What a tenant is lifted to at least, or, if none are lifted,
+                what one never seen begins with.
 
         Returns:
             Whether it had none.
@@ -97,7 +98,7 @@ class Ledger:
         if waiting:
             self._waiting[tenant] = waiting + 1
             return False
-        amount = self.floor if self.lifts else start
+        amount = max(self.floor, start) if self.lifts else start
         line = self._lines.get(tenant)
         if line is not None:
             amount = max(amount, line[0]) if self.lifts else line[0]

@@ -11,7 +11,7 @@ import numpy as np
 from ..booking import Booking
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
-from .amounts import AMOUNT, POSITIVE
+from .amounts import POSITIVE, WHOLE
 from .fair import Vtc
 from .interface import Place
 
@@ -95,7 +95,7 @@ class Dlpm(Vtc):
     """
 
     quantum: float = attrs.field(default=8192.0, validator=POSITIVE)
-    look: int = attrs.field(default=8, validator=AMOUNT)
+    look: int = attrs.field(default=8, validator=WHOLE)
     _relatives: Relatives = attrs.field(init=False, repr=False)
     _moved: list[RequestId] = attrs.field(factory=list, init=False, repr=False)
 
@@ -152,8 +152,9 @@ class D2lpm(Dlpm):
     prefixes once it has used up its quantum there, so that locality cannot
     pile up load; its request then goes where it has had least.  Of two
     workers that both have room for a tenant throughout an interval, it gets
-    at most *worker_quantum* and one request more from one than from the
-    other.
+    at most *worker_quantum*, one request, and output_weight * what its requests
+    there generate more from one than from the other: output is charged as it
+    comes, and what runs stays where it is.
 
     Attributes:
         worker_quantum: Tokens on one worker before others come first.

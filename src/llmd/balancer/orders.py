@@ -12,9 +12,12 @@ from ..amounts import kind
 from ..machines import Machine
 from ..types import Request
 from ..view import Mask, View
-from .amounts import AMOUNT, COUNT, WAIT, WAIT_IF_ANY
+from .amounts import AMOUNT, COUNT, WAIT, WAIT_IF_ANY, a_callable
 from .interface import Place, QueueBalancer
 from .verdict import ADMIT, Verdict
+
+_MOST_HALVES = 900
+"""Beyond that a worth, or work over it, would be no float any more."""
 
 
 @attrs.define
@@ -24,7 +27,7 @@ class Fcfs(QueueBalancer):
     Attributes:
         max_running: Requests running at once on each worker, 0 to hold them
             all; None leaves it to what each batches at once.
-        max_waiting: Requests waiting at once, in all.
+        max_waiting: Requests waiting at once, in all; within a band, of it.
 
     >>> Fcfs(max_running=8).max_waiting
     100000
@@ -84,7 +87,8 @@ class WeightedShortest(Fcfs):
     all.  Work is the uncached prompt and the output cap.
 
     Attributes:
-        worth: What a request is worth; more goes earlier.
+        worth: What a request is worth, above 0; more goes earlier.  A priority
+            less is twice as much unless given.
         output_tokens: Taken for the output of a request without a cap.
 
     >>> WeightedShortest(output_tokens=128).output_tokens
@@ -92,7 +96,9 @@ class WeightedShortest(Fcfs):
     """
 
     worth: Callable[[Request], float] = attrs.field(
-        default=lambda request: 2.0**-request.priority, repr=False
+        default=lambda request: _halved(request.priority),
+        validator=a_callable,
+        repr=False,
     )
     output_tokens: int = attrs.field(default=256, validator=COUNT)
 
@@ -150,19 +156,27 @@ class SloDeadline(Edf):
     A request's own deadline counts too, if it is earlier.
 
     Attributes:
-        ttft_s: Seconds promised, for each request.
+        ttft_s: Seconds promised, to all or as a function of the request.
 
-    >>> order = SloDeadline(ttft_s=lambda request: 1.0)
+    >>> order = SloDeadline(ttft_s=1.0)
     >>> order.due(Request(id="r", prompt=[1]), since=3.0)
     4.0
     """
 
-    ttft_s: Callable[[Request], float] = attrs.field(
-        default=lambda request: 2.0, repr=False
-    )
+    ttft_s: Callable[[Request], float] | float = attrs.field(default=2.0, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if not callable(self.ttft_s):
+            AMOUNT(self, attrs.fields(SloDeadline).ttft_s, self.ttft_s)
 
     def due(self, request: Request, since: float) -> float:
-        return min(request.deadline, since + self.ttft_s(request))
+        promised = self.ttft_s
+        seconds = promised(request) if callable(promised) else promised
+        return min(request.deadline, since + seconds)
+
+
+def _halved(times: int) -> float:
+    return math.ldexp(1.0, -max(min(times, _MOST_HALVES), -_MOST_HALVES))
 
 
 def _uncached(request: Request, view: View) -> int:

@@ -67,9 +67,12 @@ class Over(QueueBalancer):
         return self.order.tokens_before(request, view)
 
     @property
-    def pressing(self) -> RequestId | None:
-        """The request that must not be overtaken any more."""
+    def pressing(self) -> Collection[RequestId]:
+        """Requests that must not be overtaken any more."""
         return self.order.pressing
+
+    def opens_at(self, view: View) -> float:
+        return self.order.opens_at(view)
 
     def admit(self, request: Request, view: View) -> Verdict:
         return self.order.admit(request, view)
@@ -79,6 +82,10 @@ class Over(QueueBalancer):
 
     def room(self, request: Request, view: View) -> Mask:
         return self.order.room(request, view)
+
+    def preempts(self, request: Request, view: View) -> bool:
+        own = type(self).yields is not Over.yields
+        return own or self.order.preempts(request, view)
 
     def yields(self, booking: Booking, request: Request, view: View) -> bool:
         return self.order.yields(booking, request, view)

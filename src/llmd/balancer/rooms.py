@@ -15,7 +15,15 @@ from ..booking import Booking
 from ..errors import PolicyError
 from ..types import Request, RequestId, WorkerId
 from ..view import Mask, View
-from .amounts import COUNT, COUNT_LIMIT, COUNT_LIMIT_IF_ANY, LIMIT, POSITIVE, WAIT
+from .amounts import (
+    COUNT,
+    COUNT_LIMIT,
+    COUNT_LIMIT_IF_ANY,
+    LIMIT,
+    POSITIVE,
+    WAIT,
+    a_callable,
+)
 from .interface import Listener
 
 
@@ -40,6 +48,14 @@ class Room(Listener, abc.ABC):
     def lane(self, request: Request, view: View) -> Hashable:
         """Return what to tell apart, so that one kind does not hold up another."""
         return ()
+
+    def could(self, request: Request, view: View) -> Mask:
+        """Say which workers may have room for *request* some time, shape (W,)."""
+        return np.ones(len(view.workers), dtype=np.bool_)
+
+    def opens_at(self, view: View) -> float:
+        """Return when time alone makes room, or has made it; infinity for never."""
+        return math.inf
 
 
 @attrs.frozen
@@ -118,31 +134,33 @@ class AimdRoom(Room):
 
     itl_s: float = attrs.field(default=math.inf, validator=LIMIT)
     ttft_s: float = attrs.field(default=math.inf, validator=LIMIT)
-    start: int = 32
-    lowest: int = 1
-    highest: int = 4096
+    start: int = attrs.field(default=32, validator=COUNT)
+    lowest: int = attrs.field(default=1, validator=COUNT)
+    highest: int = attrs.field(default=4096, validator=COUNT)
     increase: float = attrs.field(default=1.0, validator=POSITIVE)
-    decrease: float = 0.8
+    decrease: float = attrs.field(default=0.8, validator=POSITIVE)
     window_s: float = attrs.field(default=1.0, validator=POSITIVE)
     samples: int = attrs.field(default=20, validator=COUNT)
     _paces: dict[WorkerId, _Pace] = attrs.field(factory=dict, init=False, repr=False)
+    _grown: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        if not 1 <= self.lowest <= self.start <= self.highest:
+        if not self.lowest <= self.start <= self.highest:
             limits = f"{self.lowest}, {self.start}, {self.highest}"
-            raise PolicyError(f"1 <= lowest <= start <= highest: they are {limits}")
-        if not 0 < self.decrease < 1 or not self.increase > 0:
-            raise PolicyError(
-                f"decrease is {self.decrease}, must be in (0, 1);"
-                f" increase is {self.increase}, must be over 0"
-            )
+            raise PolicyError(f"lowest <= start <= highest: they are {limits}")
+        if self.decrease >= 1:
+            raise PolicyError(f"decrease is {self.decrease}, must be in (0, 1)")
 
     def limit(self, worker: WorkerId) -> int:
         """Return how many requests *worker* may run now."""
         pace = self._paces.get(worker)
         return self.start if pace is None else int(pace.limit)
 
+    def opens_at(self, view: View) -> float:
+        return view.now if self._grown else math.inf
+
     def open(self, request: Request, share: float, view: View) -> Mask:
+        self._grown = False
         limits = np.array([self.limit(id) for id in view.workers.ids], dtype=np.float64)
         room: Mask = view.workers.running_requests < np.ceil(limits * share)
         return room
@@ -178,6 +196,7 @@ class AimdRoom(Room):
             pace.limit = max(pace.limit * self.decrease, float(self.lowest))
         elif pace.busiest >= int(pace.limit):
             pace.limit = min(pace.limit + self.increase, float(self.highest))
+            self._grown = True
         pace.since, pace.busiest = now, 0
         pace.itl_s.clear()
         pace.ttft_s.clear()
@@ -221,7 +240,7 @@ class LongPrefillCap(Room):
     long_tokens: int = attrs.field(default=4096, validator=WAIT)
     spare: float = attrs.field(default=0.0, validator=a_number(most=1))
     of: Callable[[Request], bool] = attrs.field(
-        default=lambda request: True, repr=False
+        default=lambda request: True, validator=a_callable, repr=False
     )
     _long: dict[WorkerId, dict[RequestId, Booking]] = attrs.field(
         factory=dict, init=False, repr=False
@@ -239,10 +258,21 @@ class LongPrefillCap(Room):
         if short:
             return np.ones(len(view.workers), dtype=np.bool_)
         busy = np.array([self.under_way(id) for id in view.workers.ids], dtype=np.int64)
-        room: Mask = busy < self.at_once
-        most = max(math.floor(len(busy) * (1.0 - self.spare)), 1)
-        room[most:] = False
+        room: Mask = (busy < self.at_once) & self._long_ones(view)
         return room | (view.uncached_tokens(request) < self.long_tokens)
+
+    def could(self, request: Request, view: View) -> Mask:
+        if request.prompt_tokens < self.long_tokens or not self.of(request):
+            return super().could(request, view)
+        return self._long_ones(view) | (
+            view.uncached_tokens(request) < self.long_tokens
+        )
+
+    def _long_ones(self, view: View) -> Mask:
+        """Say which workers are not kept free of long prompts, shape (W,)."""
+        workers = len(view.workers)
+        most = max(math.floor(workers * (1.0 - self.spare)), 1)
+        return np.arange(workers) < most
 
     def under_way(self, worker: WorkerId) -> int:
         """Count the long prompts being computed on *worker*."""
@@ -252,7 +282,7 @@ class LongPrefillCap(Room):
         done = [id for id, booking in bookings.items() if booking.prefilled]
         for id in done:
             del bookings[id]
-        return len(bookings)
+        return sum(booking.booked for booking in bookings.values())
 
     def dispatched(self, booking: Booking, view: View) -> None:
         if booking.uncached_tokens >= self.long_tokens and self.of(booking.request):
@@ -271,14 +301,17 @@ class LongPrefillCap(Room):
                 del self._long[worker]
 
 
+_A_BIT = 1e-3
+"""Of a token: what counts as some budget left, whatever floats make of none."""
+
+
 @attrs.define(eq=False, kw_only=True)
 class PromptBudget(Room):
     """Spreads prompts out: so many uncached tokens a window on each worker.
 
     A bucket of *tokens* that fills at *tokens* / *window_s*.  A prompt may
     overdraw it, so that none is too long for ever, and the next waits until
-    that is made good.  Time passes for it at events, a driver's tick at the
-    latest.
+    that is made good.
 
     Attributes:
         tokens: Uncached prompt tokens dispatched in a window.
@@ -296,13 +329,22 @@ class PromptBudget(Room):
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         left = [self.left(id, view.now) for id in view.workers.ids]
-        room: Mask = np.array(left, dtype=np.float64) > 0
+        room: Mask = np.array(left, dtype=np.float64) >= _A_BIT
         return room
 
     def left(self, worker: WorkerId, now: float) -> float:
         """Return the tokens left for *worker*; below zero it is overdrawn."""
         tokens, at = self._filled.get(worker, (self.tokens, now))
         return min(tokens + (now - at) * self.tokens / self.window_s, self.tokens)
+
+    def opens_at(self, view: View) -> float:
+        times = [
+            at + (2 * _A_BIT - tokens) * self.window_s / self.tokens
+            for worker in view.workers.ids
+            for tokens, at in [self._filled.get(worker, (self.tokens, 0.0))]
+            if tokens < _A_BIT
+        ]
+        return min(times, default=math.inf)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         worker = booking.decision.first

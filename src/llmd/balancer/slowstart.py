@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import numpy as np
 
@@ -11,6 +13,8 @@ from .amounts import COUNT, POSITIVE
 from .rooms import Room
 
 _REMEMBERED = 4096
+_A_MOMENT_S = 1e-6
+"""After a place has grown, so that floats agree that it has."""
 
 
 @attrs.define(kw_only=True)
@@ -42,3 +46,14 @@ class SlowStart(Room):
         most = self.first + (workers.max_running - self.first) * grown
         allowed: Mask = workers.running_requests < most
         return allowed
+
+    def opens_at(self, view: View) -> float:
+        workers, since = view.workers, self._since
+        steps = np.maximum(workers.max_running - self.first, 1)
+        ahead = (workers.running_requests - self.first) / steps * self.ramp
+        times = [
+            since[worker] + after + _A_MOMENT_S
+            for worker, after in zip(workers.ids, ahead.tolist(), strict=True)
+            if worker in since and 0 <= after < self.ramp
+        ]
+        return min(times, default=math.inf)

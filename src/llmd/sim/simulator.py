@@ -55,6 +55,8 @@ class _Engine:
 class Simulator:
     """Drives a cluster through a workload, once.
 
+    The cluster and its policies are the caller's, and keep what they have seen:
+    for another run make others, or use `simulate`, which copies the policies.
     Everything is a function of the cluster's seed and the workload: equal
     runs give equal reports.  A policy that fails raises here, since whoever
     writes it wants to see where.
@@ -67,7 +69,8 @@ class Simulator:
             the autoscaler wants one more.  A worker belongs to the pool of its
             machine, its model or its role.
         crashes: Workers that die on the way.
-        tick_s: Seconds between two `Tick` events; 0 for none.
+        tick_s: Seconds between two `Tick` events, for deadlines and autoscalers;
+            0 for none.
         signals_s: Seconds between two reports of each engine; 0 for none.
 
     >>> from llmd import Cluster, Worker
@@ -97,6 +100,9 @@ class Simulator:
         factory=dict, init=False
     )
     _spawned: int = attrs.field(default=0, init=False)
+    # When it looks again for what time alone brings, and when it last did.
+    _looks_at: float = attrs.field(default=math.inf, init=False)
+    _looked_at: float = attrs.field(default=-math.inf, init=False)
 
     def __attrs_post_init__(self) -> None:
         rate = self.machine.kv_bytes_per_token / self.machine.load_s_per_token(
@@ -225,6 +231,19 @@ class Simulator:
     def _feed(self, event: e.Event) -> None:
         for command in self.cluster.handle(event):
             self._carry_out(command)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Let the cluster look again when time alone may let somebody go."""
+        at = self.cluster.opens_at()
+        if at < self._looks_at and at > self._looked_at:
+            self._looks_at = max(at, self.now)
+            self._at(self._looks_at, self._look, self._looks_at)
+
+    def _look(self, at: float) -> None:
+        if at == self._looks_at:
+            self._looks_at, self._looked_at = math.inf, at
+            self._feed(e.Tick(self.now))
 
     def _carry_out(self, command: c.Command) -> None:
         match command:

@@ -166,6 +166,8 @@ class _Edge:
                 tenant=ask.tenant,
                 session=ask.session,
                 priority=ask.priority,
+                sheddable=ask.sheddable,
+                resumable=ask.resumable,
                 deadline=now + ask.timeout if ask.timeout < math.inf else math.inf,
             )
             made.append(answers.Answer(request=request, index=index, chat=chat))

@@ -63,6 +63,8 @@ class Ask:
         session: Conversation, from a header.
         salt: Cache salt.
         priority: Smaller runs earlier.
+        sheddable: More urgent work may take its place before it has answered.
+        resumable: And after, or another worker go on if its own fails.
         timeout: Seconds the client waits, or infinity.
     """
 
@@ -78,6 +80,8 @@ class Ask:
     session: str
     salt: str
     priority: int
+    sheddable: bool
+    resumable: bool
     timeout: float
 
 
@@ -134,6 +138,8 @@ def ask(http: HttpRequest, body: Mapping[str, Any], default_tokens: int | None) 
         session=http.headers.get("x-session-id", ""),
         salt=_text(body, "cache_salt"),
         priority=_whole(body, "priority", 0) or 0,
+        sheddable=_flag(body, "sheddable"),
+        resumable=_flag(body, "resumable"),
         timeout=_timeout(http),
     )
 
