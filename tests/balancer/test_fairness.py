@@ -49,9 +49,10 @@ class Gaps:
                 self.widest = max(self.widest, high - low)
 
 
-def run(shop, balancer, actions, price, token_price, weights=()):
+def run(shop, balancer, actions, price, token_price, weights=(), workers=1):
     """Carry out *actions*; return the widest gap in service."""
-    sim, gaps = shop(balancer, places=PLACES), Gaps(dict(weights))
+    sim = shop(balancer, places=PLACES // workers, workers=workers)
+    gaps = Gaps(dict(weights))
     counted, tokens = 0, {}
     for act, tenant, prompt, pick in actions:
         running = list(sim.where)
@@ -115,9 +116,65 @@ def test_weights_divide_service(shop, actions):
 @quick
 @given(steps)
 @pytest.mark.parametrize("make", [b.Drr, b.Dlpm, b.D2lpm])
-def test_deficits_hold_their_bound_under_any_arrivals(shop, make, actions):
-    gap = run(shop, make(quantum=QUANTUM), actions, prompt_price, 2.0)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_deficits_hold_their_bound_under_any_arrivals(shop, make, workers, actions):
+    order = make(quantum=QUANTUM)
+    gap = run(shop, order, actions, prompt_price, 2.0, workers=workers)
     assert gap <= DEFICIT_BOUND
+
+
+class AFirst(b.Fcfs):
+    """Serves tenant a before all others."""
+
+    def key(self, request, view):
+        return request.tenant
+
+
+PROMPTS = 2 * LONGEST_PROMPT
+BOUNDS = [
+    (b.Vtc, {}, 2.0, 2 * max(LONGEST_PROMPT, 2 * BATCH_TOKENS)),
+    (b.Vtc, {"output_weight": 0.0}, 0.0, PROMPTS),
+    (b.Drr, {"quantum": QUANTUM}, 2.0, DEFICIT_BOUND),
+    (b.Dlpm, {"quantum": QUANTUM}, 2.0, DEFICIT_BOUND),
+    (b.D2lpm, {"quantum": QUANTUM}, 2.0, DEFICIT_BOUND),
+    (b.Drr, {"quantum": QUANTUM, "output_weight": 0.0}, 0.0, PROMPTS + 2 * QUANTUM),
+    (b.Dlpm, {"quantum": QUANTUM, "output_weight": 0.0}, 0.0, PROMPTS + 2 * QUANTUM),
+    (b.FairRoundRobin, {}, 0.0, 2),
+]
+
+
+def siege(lengths, outputs):
+    """All three tenants wait throughout, a with the longest work, b the shortest."""
+    actions = []
+    for tenant in "abc":
+        sizes = {"a": [LONGEST_PROMPT], "b": [1], "c": lengths}[tenant]
+        actions += [("arrive", tenant, sizes[n % len(sizes)], 0) for n in range(60)]
+    for turn in range(100):
+        actions += [("token", "", 1, pick) for pick in (0, 1, 2) * outputs]
+        actions.append(("end", "", 1, turn % PLACES))
+    return actions
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(st.integers(1, LONGEST_PROMPT), min_size=1), st.integers(0, 2))
+@pytest.mark.parametrize(("make", "options", "token_price", "bound"), BOUNDS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bounds_hold_where_unfair_orders_break_them(
+    shop, make, options, token_price, bound, workers, lengths, outputs
+):
+    price = (lambda request: 1.0) if make is b.FairRoundRobin else prompt_price
+
+    def gap(order):
+        actions = siege(lengths, outputs)
+        return run(shop, order, actions, price, token_price, workers=workers)
+
+    assert gap(make(**options)) <= bound
+    assert gap(b.Fcfs()) > bound
+    assert gap(AFirst()) > bound
 
 
 @quick

@@ -100,7 +100,7 @@ def test_who_cannot_make_it_any_more_makes_nobody_late(shop):
     assert sim.drain() == ["fine", "late"]
 
 
-def test_edf_takes_the_better_cached_of_equal_slack(shop):
+def test_edf_takes_the_cached_one_later_as_it_has_more_slack(shop):
     shared = list(range(64))
     sim = shop(b.SloDeadline(ttft_s=lambda request: 1.0), places=1)
     running = sim.arrive(prompt=shared)

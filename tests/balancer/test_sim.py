@@ -19,10 +19,16 @@ def run(jobs, balancer, workers, until, kv_tokens=816_000, **settings):
     return simulator.run(workload, fleet(workers, kv_tokens=kv_tokens), until=until)
 
 
-def p99_ttft(report, kind, after=0.0):
+def ttfts(report, kind, after=0.0):
+    """Times to first token of those that came *after*; endless of the unanswered."""
     picked = [id.startswith(kind) for id in report.ids]
     late = np.array(picked) & (report.arrived > after)
-    return float(np.nanpercentile((report.first - report.arrived)[late], 99))
+    times = (report.first - report.arrived)[late]
+    return np.where(np.isnan(times), np.inf, times)
+
+
+def p99(*times):
+    return float(np.percentile(np.concatenate(times), 99, method="higher"))
 
 
 def throughput(report, kind, start, stop):
@@ -36,12 +42,14 @@ def throughput(report, kind, start, stop):
 
 # Chat beside long documents ------------------------------------------------
 
-WORKERS, SECONDS = 4, 40.0
+WORKERS, SECONDS, TAIL = 4, 80.0, 5.0
 ENGINE = {"step_tokens": 512, "by_priority": True, "report_tokens": 64}
 
 
-def chat(rate):
-    made = workloads.dialogue(rate=rate, requests=int(rate * SECONDS), think_s=5.0)
+def chat(rate, seed=0, seconds=SECONDS):
+    made = workloads.dialogue(
+        rate=rate, requests=int(rate * seconds), think_s=5.0, seed=seed
+    )
     return [
         attrs.evolve(
             job,
@@ -52,10 +60,12 @@ def chat(rate):
     ]
 
 
-def documents(rate):
-    made = workloads.documents(rate=rate, requests=int(rate * SECONDS))
+def documents(rate, seed=0, seconds=SECONDS, sheddable=True):
+    made = workloads.documents(rate=rate, requests=int(rate * seconds), seed=seed)
     return [
-        attrs.evolve(job, request=attrs.evolve(job.request, priority=1))
+        attrs.evolve(
+            job, request=attrs.evolve(job.request, priority=1, sheddable=sheddable)
+        )
         for job in made.jobs
     ]
 
@@ -63,31 +73,37 @@ def documents(rate):
 def banded(spare=0.0):
     bands = [b.Band(name="chat"), b.Band(name="batch", ceiling=0.8, max_wait=60.0)]
     cap = b.LongPrefillCap(
-        long_tokens=2000, spare=spare, of=lambda request: request.priority > 0
+        long_tokens=600, spare=spare, of=lambda request: request.priority > 0
     )
-    rooms = [b.FixedRoom(requests=128), cap]
-    return b.FlowControl(b.Bands(bands, every=16), rooms=rooms)
+    rooms = [b.FixedRoom(requests=128, prefill_tokens=4096), cap]
+    return b.FlowControl(b.Bands(bands, every=32), rooms=rooms)
 
 
 def test_documents_leave_chat_alone_and_get_what_is_left():
-    def alone(jobs, kind):
-        report = run(jobs, banded(), WORKERS, SECONDS, **ENGINE)
-        return throughput(report, kind, 10.0, SECONDS)
+    """At 1.2 times what the fleet can do, for longer than documents may wait."""
+    # A saturated fleet of two answers 94 of this chat a second.  Short requests
+    # need 0.1 of the fleet, and 0.25 is kept free of documents.
+    share, most_chat = 0.1, 47.0 * WORKERS
+    quiet, mixed, part = [], [], []
+    for seed in range(3):
 
-    most_documents = alone(documents(10.0 * WORKERS), "documents")
-    # A saturated fleet of two answers 94 of this chat a second.
-    most_chat = 47.0 * WORKERS
-    # Short requests need 0.15 of the fleet, and 0.25 is kept free of documents.
-    share = 0.15
-    talk = chat(share * most_chat)
-    quiet = p99_ttft(run(talk, banded(), WORKERS, SECONDS, **ENGINE), "chat")
-    load = [*talk, *documents((1.2 - share) * most_documents)]
-    mixed = run(load, banded(spare=0.25), WORKERS, SECONDS, **ENGINE)
-    assert p99_ttft(mixed, "chat") <= 1.3 * quiet
-    left = (1.0 - share) * most_documents
-    assert throughput(mixed, "documents", 10.0, SECONDS) >= 0.9 * left
-    fcfs = run(load, b.Fcfs(), WORKERS, SECONDS, **ENGINE)
-    assert p99_ttft(fcfs, "chat") > 5 * quiet
+        def played(jobs, spare=0.0, end=SECONDS + TAIL):
+            return run(jobs, banded(spare), WORKERS, end, **ENGINE)
+
+        def done(report):
+            return throughput(report, "documents", 10.0, SECONDS)
+
+        most_documents = done(played(documents(10.0 * WORKERS, seed)))
+        talk = chat(share * most_chat, seed)
+        load = [*talk, *documents((1.2 - share) * most_documents, seed)]
+        both = played(load, spare=0.25)
+        quiet.append(ttfts(played(talk), "chat"))
+        mixed.append(ttfts(both, "chat"))
+        part.append(done(both) / ((1.0 - share) * most_documents))
+    assert p99(*mixed) <= 1.3 * p99(*quiet)
+    assert np.mean(part) >= 0.9
+    fcfs = run(load, b.Fcfs(), WORKERS, SECONDS + TAIL, **ENGINE)
+    assert p99(ttfts(fcfs, "chat")) > 5 * p99(*quiet)
 
 
 # One tenant floods ----------------------------------------------------------
@@ -121,12 +137,14 @@ def shared_out(order):
     return b.FlowControl(order, rooms=rooms)
 
 
-def dlpm():
-    # Less than a request, so that one already moves a tenant behind the others.
-    return b.Dlpm(quantum=512.0)
+class FloodFirst(b.Fcfs):
+    """What must be found out: the others wait until the flood is over."""
+
+    def key(self, request, view):
+        return request.tenant != "flood"
 
 
-@pytest.mark.parametrize("make", [b.Vtc, dlpm])
+@pytest.mark.parametrize("make", [b.Vtc, b.Dlpm])
 def test_a_flood_hardly_reaches_the_others(make):
     # Twenty-four workers: the wait for the first of them to end its prefill,
     # which no order can avoid, is then small beside a prefill.
@@ -138,13 +156,15 @@ def test_a_flood_hardly_reaches_the_others(make):
     ]
     flood = tenant_jobs("flood", 20 * 32.0, seconds, 99)
 
-    def p99(jobs, order):
-        return p99_ttft(run(jobs, shared_out(order), 24, seconds), "other", 2.0)
+    def worst(jobs, order):
+        report = run(jobs, shared_out(order), 24, seconds + 1.0)
+        return p99(ttfts(report, "other", 2.0))
 
-    quiet = p99(others, make())
-    assert p99([*others, *flood], make()) <= 1.2 * quiet
+    quiet = worst(others, make())
+    assert worst([*others, *flood], make()) <= 1.2 * quiet
     if make is b.Vtc:
-        assert p99([*others, *flood], b.Fcfs()) > 5 * quiet
+        assert worst([*others, *flood], b.Fcfs()) > 5 * quiet
+        assert worst([*others, *flood], FloodFirst()) == np.inf
 
 
 def test_dlpm_keeps_nine_tenths_of_the_hits_that_locality_alone_finds():
@@ -162,29 +182,27 @@ def test_dlpm_keeps_nine_tenths_of_the_hits_that_locality_alone_finds():
         return report.cached_tokens[done].sum() / report.prompt_tokens[done].sum()
 
     locality, fair, neither = (
-        hits(order) for order in (b.Dlpm(quantum=1e15), dlpm(), b.Vtc())
+        hits(order) for order in (b.Dlpm(quantum=1e15), b.Dlpm(), b.Vtc())
     )
     assert fair >= 0.9 * locality
     assert neither < 0.7 * locality
 
 
 def test_documents_make_place_for_chat_at_once_and_lose_nothing():
-    bands = [b.Band(name="chat"), b.Band(name="batch", max_wait=60.0)]
     rooms = [b.FixedRoom(requests=64, prefill_tokens=4096)]
-    talk, long = chat(16.0), documents(1.0)
-    shed = [
-        attrs.evolve(job, request=attrs.evolve(job.request, sheddable=True))
-        for job in long
-    ]
+    seconds = 40.0
+    talk = chat(16.0, seconds=seconds)
 
-    def of(documents):
+    def of(sheddable):
+        long = documents(1.0, seconds=seconds, sheddable=sheddable)
+        bands = [b.Band(name="chat"), b.Band(name="batch", max_wait=60.0)]
         order = b.FlowControl(b.Bands(bands, every=16), rooms=rooms)
-        return run([*talk, *documents], order, 1, SECONDS, step_tokens=512)
+        return run([*talk, *long], order, 1, seconds + TAIL, step_tokens=512)
 
-    plain, yielding = of(long), of(shed)
+    plain, yielding = of(False), of(True)
     # Neither waits for its document to be computed, nor behind one that an index
     # still hoped to find where it was aborted.
-    assert p99_ttft(yielding, "chat") <= 0.25 * p99_ttft(plain, "chat")
+    assert p99(ttfts(yielding, "chat")) <= 0.25 * p99(ttfts(plain, "chat"))
     # What had been computed of it waits in the engine's cache.
-    both = [throughput(r, "documents", 0.0, SECONDS) for r in (plain, yielding)]
+    both = [throughput(r, "documents", 0.0, seconds) for r in (plain, yielding)]
     assert both[1] >= 0.95 * both[0]

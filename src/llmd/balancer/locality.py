@@ -94,7 +94,7 @@ class Dlpm(Vtc):
     4096.0
     """
 
-    quantum: float = attrs.field(default=8192.0, validator=POSITIVE)
+    quantum: float = attrs.field(default=2048.0, validator=POSITIVE)
     look: int = attrs.field(default=8, validator=WHOLE)
     _relatives: Relatives = attrs.field(init=False, repr=False)
     _moved: list[RequestId] = attrs.field(factory=list, init=False, repr=False)
