@@ -87,6 +87,8 @@ class Core:
     def balancer(self) -> QueueBalancer:
         """Orders the requests that wait; another one files them anew.
 
+        It is asked from the next event on, a driver's tick at the latest.
+
         Raises:
             PolicyError: On assignment, if the new one is none, or cannot place
                 what waits; the old one stays.

@@ -1,5 +1,6 @@
 from .accounts import Account, Accounts, Waits, jain
-from .bands import Band, Bands
+from .band import Band
+from .bands import Bands
 from .control import FlowControl
 from .fair import Drr, Fair, FairRoundRobin, Las, Vtc
 from .gates import DeadlineInfeasible, Gate, QueueFull, RateLimit, Saturation

@@ -2,98 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import attrs
 import numpy as np
 
-from ..amounts import a_number, kind
 from ..booking import Booking
 from ..errors import PolicyError, shown
 from ..types import Request, RequestId
-from ..view import Mask, View, Waiting
-from .accounts import Account
+from ..view import Mask, View
 from .ageing import Ageing
-from .amounts import COUNT, WAIT, a_callable
+from .amounts import COUNT, a_callable
+from .band import Band, OfBand
 from .interface import Place, QueueBalancer
-from .orders import Fcfs
 from .over import room_among
-from .pace import Pace
-from .verdict import Check, Verdict
+from .verdict import Verdict
 
 OVERDUE = (-1, "")
 """The flow of the overdue requests whose turn it is."""
-
-
-@attrs.define(eq=False, kw_only=True)
-class Band:
-    """One of `Bands`.
-
-    Attributes:
-        name: For figures and refusals.
-        order: Orders its requests.
-        ceiling: Part of a worker's room it may fill, in (0, 1]; the rest is
-            held back for bands above.
-        max_wait: Seconds after which a request is overdue.
-        max_requests: Requests of it that wait at once, at most.
-        max_tokens: Prompt tokens of it that wait at once, at most.
-        account: What it has had so far.
-
-    >>> Band(name="batch", ceiling=0.8, max_wait=60.0).max_requests
-    100000
-    """
-
-    name: str = attrs.field(default="", validator=kind(str))
-    order: QueueBalancer = attrs.field(factory=Fcfs, validator=kind(QueueBalancer))
-    ceiling: float = attrs.field(default=1.0, validator=a_number(above=True, most=1))
-    max_wait: float = attrs.field(default=math.inf, validator=WAIT)
-    max_requests: float = attrs.field(default=100_000, validator=WAIT)
-    max_tokens: float = attrs.field(default=math.inf, validator=WAIT)
-    account: Account = attrs.field(factory=Account, init=False, repr=False)
-    waiting_requests: int = attrs.field(default=0, init=False)
-    waiting_tokens: int = attrs.field(default=0, init=False)
-    _models: Counter[str] = attrs.field(factory=Counter, init=False, repr=False)
-    _pace: Pace = attrs.field(factory=Pace, init=False, repr=False)
-
-    def check(self, request: Request) -> Check | None:
-        """Return why there is no place for another request, if there is none."""
-        requests = self.waiting_requests + 1
-        tokens = self.waiting_tokens + request.prompt_tokens
-        name = f"band {self.name} full"
-        if requests > self.max_requests:
-            limit, unit = float(self.max_requests), "requests"
-            retry = self._pace.each_s if limit else math.nan
-            return Check(name, requests, limit, unit, False, "", retry)
-        if tokens > self.max_tokens:
-            limit, never = self.max_tokens, request.prompt_tokens > self.max_tokens
-            retry = math.nan if never else self._pace.each_s
-            return Check(name, tokens, limit, "tokens", False, "", retry)
-        return None
-
-    def tokens_of(self, models: Collection[str] | None) -> int:
-        """Sum of its waiting prompts for any of *models*; None for all."""
-        if models is None:
-            return self.waiting_tokens
-        return sum(self._models[model] for model in models if model in self._models)
-
-    def count(self, request: Request, by: int) -> None:
-        """Count a request that begins or ceases to wait."""
-        self.waiting_requests += by
-        self.waiting_tokens += by * request.prompt_tokens
-        model, models = request.model, self._models
-        models[model] += by * request.prompt_tokens
-        if not models[model]:
-            del models[model]
-        self.account.waiting = self.waiting_requests
-
-    def sent(self, booking: Booking, at: float) -> None:
-        """Note a dispatch."""
-        self._pace.count(at)
-        self.account.sent(booking, at)
 
 
 def _as_bands(of: Sequence[Band | QueueBalancer]) -> tuple[Band, ...]:
@@ -108,39 +37,6 @@ def _as_bands(of: Sequence[Band | QueueBalancer]) -> tuple[Band, ...]:
     if len(set(names)) < len(names) or len(set(map(id, bands))) < len(bands):
         raise PolicyError(f"two bands have one name, or are one band: {names}")
     return tuple(bands)
-
-
-@attrs.define(eq=False)
-class _OfBand:
-    """The requests of one band that wait: the whole queue to the band's order."""
-
-    band: Band
-    number: int
-    bands: Bands
-    all: Waiting
-
-    def __len__(self) -> int:
-        return self.band.waiting_requests
-
-    def __iter__(self) -> Iterator[Request]:
-        of, number = self.bands.index, self.number
-        return (request for request in self.all if of(request) == number)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.band.waiting_tokens
-
-    def tokens_before(self, request: Request, view: View) -> int:
-        return self.all.tokens_before(request, view)
-
-    def of_model(self, model: str) -> int:
-        return sum(request.model == model for request in self)
-
-    def tokens_of(self, models: Collection[str] | None) -> int:
-        return self.band.tokens_of(models)
-
-    def since(self, id: RequestId) -> float | None:
-        return self.all.since(id)
 
 
 @attrs.define(eq=False)
@@ -180,9 +76,12 @@ class Bands(QueueBalancer):
     )
     every: int = attrs.field(default=8, validator=COUNT)
     _ageing: Ageing = attrs.field(init=False, repr=False)
+    _among: tuple[Callable[[Request], bool], ...] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._ageing = Ageing(self.every)
+        numbers = range(len(self.of))
+        self._among = tuple([functools.partial(self._is_of, n) for n in numbers])
 
     def index(self, request: Request) -> int:
         """Return the number of a request's band; beyond the ends, the nearest."""
@@ -228,7 +127,7 @@ class Bands(QueueBalancer):
     def tokens_before(self, request: Request, view: View) -> int:
         models = view.workers.models_beside(request.model)
         before = self.of[: self.index(request) + 1]
-        return sum(band.tokens_of(models) for band in before)
+        return sum(band.backlog.tokens_of(models) for band in before)
 
     @property
     def pressing(self) -> Collection[RequestId]:
@@ -249,8 +148,8 @@ class Bands(QueueBalancer):
         check = band.check(request)
         if check is not None:
             return Verdict.of([check])
-        alone = view.waited(_OfBand(band, number, self, view.waiting))
-        return band.order.admit(request, alone)
+        alone = OfBand(band.backlog, view.waiting, self._among[number])
+        return band.order.admit(request, view.waited(alone))
 
     def share(self, request: Request, view: View) -> float:
         if request.id in self._ageing:
@@ -305,6 +204,9 @@ class Bands(QueueBalancer):
         band = self._of(booking.request)
         band.account.running = max(band.account.running - 1, 0)
         band.order.ended(booking, view)
+
+    def _is_of(self, number: int, request: Request) -> bool:
+        return self.index(request) == number
 
     def _of(self, request: Request) -> Band:
         number, of = self.band(request), self.of
