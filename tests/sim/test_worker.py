@@ -245,3 +245,29 @@ def test_tokens_and_blocks_are_conserved(plan, step_tokens, blocks, places):
                 assert generated[id] == plan[row][2]
     assert held == model.kv.cache.names()
     assert np.all(np.diff([run[1] for run in model.log]) > 0)
+
+
+def test_metrics_are_those_of_the_last_step():
+    worker = Worker(id="w", kv_blocks=1000, block_tokens=16)
+    settings = EngineSettings(step_tokens=1000, steps_ahead=0)
+    model = ModelWorker(worker, Machine(), settings)
+
+    def asked(id, at):
+        prompt = Request(id=id, prompt=range(1000), salt=id)
+        return model.submit(Sequence(prompt, None, 5, []), at)
+
+    def told(at):
+        signals = model.signals(at)
+        return signals.running_requests, signals.waiting_requests
+
+    first = asked("a", 0.0)
+    asked("b", first / 2)
+    # An engine sets them when a step ends: until then it seems idle.
+    assert told(0.9 * first) == (0.0, 0.0)
+    model.finish(first)
+    second = model.plan(first)
+    assert told(first) == (1.0, 0.0)  # b came during the step
+    asked("c", first + 0.1 * (second - first))
+    model.finish(second)
+    assert model.signals(second).running_requests == 2.0
+    assert model.signals(second).kv_usage > 0.1

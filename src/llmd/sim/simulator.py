@@ -203,7 +203,9 @@ class Simulator:
     def _signal(self, _: None) -> None:
         for id, engine in self.engines.items():
             if engine.left_at > self.now:
-                self._feed(e.SignalsReported(self.now, id, engine.model.signals()))
+                self._feed(
+                    e.SignalsReported(self.now, id, engine.model.signals(self.now))
+                )
         if self.ledger.open:
             self._at(self.now + self.signals_s, self._signal, None)
 

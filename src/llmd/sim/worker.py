@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections import deque
 
 import attrs
@@ -83,6 +84,12 @@ class ModelWorker:
     _prompt_tokens: int = attrs.field(default=0, init=False)
     _loading: int = attrs.field(default=0, init=False)
     _aborted: bool = attrs.field(default=False, init=False)
+    # When those came that came during the run, and what its metrics said before it.
+    _came: list[float] = attrs.field(factory=list, init=False)
+    _signals: Signals = attrs.field(
+        default=Signals(waiting_requests=0.0, running_requests=0.0, kv_usage=0.0),
+        init=False,
+    )
     _missed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -101,11 +108,24 @@ class ModelWorker:
         """Whether `take` would return anything."""
         return bool(self._events)
 
-    def signals(self) -> Signals:
-        """Return what its metrics would say."""
+    def signals(self, now: float) -> Signals:
+        """Return what its metrics say, which it sets at the end of each step.
+
+        So who came during the step under way is not in them yet, and an idle
+        engine that is given a long prompt seems idle until that is computed.
+        """
+        run = self._run
+        step = 1 if run is None else run.steps_by(now)
+        if run is None or step == 1:
+            return self._signals
+        return self._measured(run.after(step - 1))
+
+    def _measured(self, at: float) -> Signals:
+        """Return what its metrics were set to when a step ended, at *at*."""
         running = len(self._decoding) + len(self._completing)
+        came = self._came
         return Signals(
-            waiting_requests=float(self._queued),
+            waiting_requests=float(self._queued - len(came) + bisect_left(came, at)),
             running_requests=float(running + (self._partial is not None)),
             kv_usage=self.kv.cache.used_blocks / self.kv.cache.capacity_blocks,
         )
@@ -130,6 +150,7 @@ class ModelWorker:
         run = self._run
         if run is None:
             return self.plan(now)
+        self._came.append(now)
         if self.settings.steps_ahead:
             sequence.missed = run.end_of_step(now)
         first = self._queued == 1 or self.settings.by_priority
@@ -211,6 +232,9 @@ class ModelWorker:
         for sequence in completing:
             self._prefilled(sequence, now)
         self.kv.publish_evicted(now)
+        # Who came during the last step is not counted yet.
+        self._signals = self._measured(run.after(run.steps - 1))
+        self._came.clear()
 
     def _push(self, sequence: Sequence) -> None:
         rank = sequence.request.priority if self.settings.by_priority else 0
