@@ -154,9 +154,7 @@ class ModelWorker:
         if self.settings.steps_ahead:
             sequence.missed = run.end_of_step(now)
         first = self._queued == 1 or self.settings.by_priority
-        if first and self._partial is None and len(self._decoding) < self._places:
-            return self._cut(now)
-        return None
+        return self._cut(now) if first and self._joinable else None
 
     def abort(self, id: RequestId, now: float) -> float | None:
         """Let go of a request, once the step under way has ended.
@@ -170,7 +168,8 @@ class ModelWorker:
         sequence.gone = True
         if not sequence.blocks:
             self._queued -= 1
-            return None
+            # Whoever stood behind it may join.
+            return self._cut(now) if self._queued and self._joinable else None
         if sequence.parked:
             self.kv.free(sequence)
             return self.plan(now) if self._run is None else None
@@ -240,6 +239,12 @@ class ModelWorker:
         rank = sequence.request.priority if self.settings.by_priority else 0
         heapq.heappush(self._waiting, (rank, sequence.order, sequence))
         self._queued += 1
+
+    @property
+    def _joinable(self) -> bool:
+        """Whether the run under way leaves a place and part of its budget."""
+        free = self._partial is None and len(self._decoding) < self._places
+        return free and self._run is not None
 
     def _cut(self, now: float) -> float | None:
         """End the run after the step under way; return when, if that is new."""
