@@ -32,6 +32,7 @@ class Booking:
         failed_on: Workers on which it was dispatched before and failed.
         again: It was dispatched before, and taken back or lost.
         number: Its place in the order of arrival, which it keeps.
+        serial: Its place in the order of dispatch.
         booked: It is in the books; false while the cluster tries what would be
             if it were not.
 
@@ -56,6 +57,7 @@ class Booking:
     failed_on: frozenset[WorkerId] = frozenset()
     again: bool = False
     number: int | None = None
+    serial: int = 0
     booked: bool = False
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -28,6 +28,8 @@ class Books:
     _sheddable: defaultdict[WorkerId, dict[RequestId, None]] = attrs.field(
         factory=lambda: defaultdict(dict), init=False
     )
+
+    _booked: int = attrs.field(default=0, init=False)
 
     def __contains__(self, id: RequestId) -> bool:
         return id in self._bookings
@@ -54,6 +56,9 @@ class Books:
         """Book a request on its workers, anew or as it was when released."""
         id = booking.request.id
         self._bookings[id] = booking
+        if not booking.serial:
+            self._booked += 1
+            booking.serial = self._booked
         booking.booked = True
         lasting = booking.streamed and not booking.request.resumable
         for worker in booking.workers:
@@ -66,6 +71,20 @@ class Books:
             self._add(booking.decision.decode, "waiting_requests", -1)
         self._add(booking.decision.first, "prefill_tokens", booking.prefill_tokens)
         self._add(booking.decision.decode, "context_tokens", booking.context_tokens)
+
+    def put_back(self, released: Sequence[Booking]) -> None:
+        """Book again what was released just now, each where it stood."""
+        touched: dict[WorkerId, None] = {}
+        for booking in released:
+            self.book(booking)
+            touched |= dict.fromkeys(booking.workers)
+        for worker in touched:
+            for page in (self._held, self._sheddable):
+                in_order = sorted(page.get(worker, ()), key=self._serial)
+                page[worker] = dict.fromkeys(in_order)
+
+    def _serial(self, id: RequestId) -> int:
+        return self._bookings[id].serial
 
     def prefill_done(self, booking: Booking) -> None:
         """Release what the prompt took, and the prefill worker if separate."""

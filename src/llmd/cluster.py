@@ -115,6 +115,8 @@ class Cluster(Core):
         'queue'
         """
         self.check(request)
+        if request.deadline <= self.view.now:
+            return Verdict(False, "its deadline has passed")
         try:
             verdict = self.balancer.admit(request, self.view)
             queued = verdict.admitted and has_to_wait(self, request)
@@ -131,8 +133,6 @@ class Cluster(Core):
         workers said of themselves are shared, being frozen.
         """
         memo: dict[int, Any] = {id(self.observer): None}
-        # Columns that the view shows must be those that the fleet writes.
-        copy.deepcopy(self.fleet, memo)
         return copy.deepcopy(self, memo)
 
     def waits(self, id: RequestId) -> bool:

@@ -10,6 +10,7 @@ A request is in exactly one place: waiting, booked, or gone.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable
 from typing import Any
@@ -24,6 +25,7 @@ from .autoscaler import Autoscaler
 from .balancer import Fcfs, QueueBalancer
 from .booking import Booking
 from .books import Books
+from .copied import Copied
 from .dispatching import dispatch
 from .errors import (
     DeadlineExceeded,
@@ -47,7 +49,7 @@ from .waiting import LaneName, WaitingRequests
 
 
 @attrs.define(eq=False)
-class Core:
+class Core(Copied):
     """Policies, books and queue of a cluster; see `Cluster` for its face."""
 
     router: Router = attrs.field(factory=LeastDelay, validator=kind(Router))
@@ -69,6 +71,7 @@ class Core:
     deadlines: Any = attrs.field(factory=SortedList, init=False)
     asked_workers: dict[str, int] = attrs.field(factory=dict, init=False)
     _limits: tuple[int, ...] = attrs.field(default=(), init=False)
+    _looked_at: float = attrs.field(default=-math.inf, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.books = Books(self.fleet)
@@ -82,6 +85,11 @@ class Core:
             match=self._match,
             serving=self.serving,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Columns that the view shows must be those that the fleet writes.
+        copy.deepcopy(self.fleet, memo)
+        return super().__deepcopy__(memo)
 
     @property
     def balancer(self) -> QueueBalancer:
@@ -99,7 +107,12 @@ class Core:
     def balancer(self, balancer: QueueBalancer) -> None:
         if not isinstance(balancer, QueueBalancer):
             raise PolicyError(f"{shown(balancer)} is no QueueBalancer")
-        self._file_anew(balancer)
+        if balancer is self._balancer:
+            return
+        old = self.waiting
+        self.waiting = self.view.waiting = old.successor(balancer, self.view)
+        # Not before: the two may have a part in common, to which these wait on.
+        old.dismiss(self.view)
         self._balancer = balancer
 
     def check(self, request: Request) -> None:
@@ -184,15 +197,26 @@ class Core:
         """
         if not len(self.waiting):
             return math.inf
-        return min(self.balancer.opens_at(self.view), self.waiting.next_alarm)
+        return min(self._opens_at(self.view.now), self.waiting.next_alarm)
 
     def opened(self) -> bool:
         """Say whether time alone may have let somebody go by now."""
-        waits = len(self.waiting) > 0
-        return waits and self.balancer.opens_at(self.view) <= self.view.now
+        if not len(self.waiting):
+            return False
+        now = self.view.now
+        return self.waiting.next_alarm <= now or self._opens_at(self._looked_at) <= now
+
+    def _opens_at(self, after: float) -> float:
+        try:
+            return self.balancer.opens_at(self.view, after)
+        except Exception as error:
+            self.waiting.faults.append(policy_error(self.balancer, error))
+            return math.inf
 
     def dispatch(self, lane: LaneName | None = None) -> list[c.Command]:
         """Send on whatever can go, of one lane or of all."""
+        if lane is None:
+            self._looked_at = self.view.now
         return dispatch(self, lane)
 
     def charge(self, booking: Booking, tokens: int) -> list[c.Command]:
@@ -276,16 +300,15 @@ class Core:
     def refresh(self) -> list[c.Command]:
         """Show policies the changed fleet and see what it makes possible."""
         self.view.workers = self.fleet.workers
+        commands: list[c.Command] = []
         if self.fleet.limits != self._limits:
             self._limits = self.fleet.limits
-            self._file_anew(self.balancer)
-        return self.dispatch()
-
-    def _file_anew(self, balancer: QueueBalancer) -> None:
-        old = self.waiting
-        self.waiting = self.view.waiting = old.successor(balancer, self.view)
-        if balancer is not self._balancer:
-            old.dismiss(self.view)
+            anew, casualties = self.waiting.refiled(self.view)
+            self.waiting = self.view.waiting = anew
+            for request, error in casualties:
+                self.gone(request)
+                commands.append(c.Fail(request, error))
+        return [*commands, *self.dispatch()]
 
     def _group(self, request: Request) -> tuple[Hashable, ...]:
         """Return what keeps requests apart: who can serve them differs."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
-from typing import TYPE_CHECKING, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from . import commands as c
 from .booking import Booking
 from .decision import Decision
 from .errors import PolicyError, policy_error, shown
-from .lane import Entry
+from .lane import Entry, Rank
 from .types import Request, RequestId, WorkerId
 from .view import Mask, View
 from .waiting import LaneName
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from .core import Core
 
 T = TypeVar("T")
-_MOST_TRIED = 256
+_MOST_TRIED = 1024
 """Bookings taken out of the books to see what room that makes."""
+_MOST_PASSES = 8
+"""Over the lanes for the sake of what made place, which may make others do so."""
 
 
 def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
@@ -32,20 +35,48 @@ def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
     go on, so that no worker idles while a request it could take waits.
     """
     commands = _refresh(core)
+    sent = _pass(core, None if lane is None else [lane])
+    commands += sent
+    for _ in range(_MOST_PASSES):
+        # What made place may find another.
+        if not any(isinstance(command, c.Requeue) for command in sent):
+            break
+        sent = _pass(core, None)
+        commands += sent
+    return commands
+
+
+def _pass(core: Core, lanes: Sequence[LaneName] | None) -> list[c.Command]:
+    """Send on heads of lanes, the first by rank first, until none finds room."""
+    commands: list[c.Command] = []
+    if lanes is None:
+        lanes = [name for _, name in core.waiting.ranks()]
+    try:
+        _by_rank(core, lanes, commands, lambda rank: rank)
+    except TypeError as error:
+        # Ranks of different lanes do not compare: go by arrival.
+        core.waiting.faults.append(policy_error(core.balancer, error))
+        _by_rank(core, lanes, commands, lambda rank: rank[2])
+    return commands
+
+
+def _by_rank(
+    core: Core,
+    lanes: Sequence[LaneName],
+    commands: list[c.Command],
+    key: Callable[[Rank], Any],
+) -> None:
     waiting = core.waiting
-    if lane is None:
-        heads = waiting.ranks()
-        heapify(heads)
-    else:
-        rank = waiting.rank(lane)
-        heads = [] if rank is None else [(rank, lane)]
+    ranks = [(waiting.rank(lane), lane) for lane in lanes]
+    heads = [(key(rank), lane) for rank, lane in ranks if rank is not None]
+    heapify(heads)
     while heads:
         rank, lane = heads[0]
         now = waiting.rank(lane)
         if now is None:
             heappop(heads)
-        elif now != rank:
-            heapreplace(heads, (now, lane))
+        elif key(now) != rank:
+            heapreplace(heads, (key(now), lane))
         else:
             sent = _send(core, lane)
             if sent:
@@ -53,7 +84,6 @@ def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
                 commands += _refresh(core)
             else:
                 heappop(heads)
-    return commands
 
 
 def has_to_wait(core: Core, request: Request) -> bool:
@@ -62,7 +92,7 @@ def has_to_wait(core: Core, request: Request) -> bool:
     It would be if nothing waits that could go before it, and a worker that can
     serve it has room, or has once less urgent work has made place.
     """
-    if core.waiting.tokens_before(request, core.view) > 0:
+    if core.balancer.pressing or core.waiting.tokens_before(request, core.view) > 0:
         return True
 
     def open() -> bool | None:
@@ -71,7 +101,7 @@ def has_to_wait(core: Core, request: Request) -> bool:
     if open():
         return False
     found, released = _making_place(core, request, open)
-    _put_back(core, released)
+    core.books.put_back(released)
     return found is None
 
 
@@ -163,20 +193,35 @@ def _shed(core: Core, entry: Entry) -> tuple[Decision | None, list[c.Command]]:
     """
     decision, released = _making_place(core, entry.request, lambda: _place(core, entry))
     if decision is None:
-        _put_back(core, released)
+        core.books.put_back(released)
         return None, []
-    chosen = {decision.first, decision.decode}
-    _put_back(core, [b for b in released if chosen.isdisjoint(b.workers)])
+    try:
+        shed = _needed(core, entry, {decision.first, decision.decode}, released)
+    except BaseException:
+        core.books.put_back([booking for booking in released if not booking.booked])
+        raise
     commands: list[c.Command] = []
-    for booking in [b for b in released if not b.booked]:
-        core.books.book(booking)
-        if _has_room(core, entry, chosen):
-            continue
-        core.books.release(booking)
-        aborts = [c.Abort(w, booking.request.id) for w in booking.workers]
+    for booking in shed:
+        aborts = [c.Abort(worker, booking.request.id) for worker in booking.workers]
         core.settle(booking)
         commands += [*aborts, core.requeue(booking, booking.attempts)]
+    # What they were to leave in the caches is no more hoped for.
+    core.view.advance(core.view.now)
     return decision, commands
+
+
+def _needed(
+    core: Core, entry: Entry, chosen: set[WorkerId], released: list[Booking]
+) -> list[Booking]:
+    """Return those of *released* without which there is no room on *chosen*."""
+    needed = []
+    core.books.put_back([b for b in released if chosen.isdisjoint(b.workers)])
+    for booking in [b for b in released if not b.booked]:
+        core.books.put_back([booking])
+        if not _has_room(core, entry, chosen):
+            core.books.release(booking)
+            needed.append(booking)
+    return needed
 
 
 def _making_place(
@@ -185,52 +230,56 @@ def _making_place(
     """Take what yields to *request* out of the books until *find* finds something.
 
     The newest booking of each worker goes first, which lost the least, then the
-    one before it, and so on.
+    two before it, and so on.
 
     Returns:
         What was found, and the bookings that are out, newest first.
     """
     released: list[Booking] = []
-    found = None
+    found, many = None, 1
     try:
         while found is None and len(released) < _MOST_TRIED:
-            more = _yielding(core, request)
+            more = _yielding(core, request, many)
             if not more:
                 break
             for booking in more:
                 core.books.release(booking)
             released += more
-            found = find()
+            found, many = find(), 2 * many
     except BaseException:
-        _put_back(core, released)
+        core.books.put_back(released)
         raise
     return found, released
-
-
-def _put_back(core: Core, released: list[Booking]) -> None:
-    """Book again what was taken out, in the order in which it came."""
-    for booking in reversed(released):
-        core.books.book(booking)
 
 
 def _has_room(core: Core, entry: Entry, chosen: set[WorkerId]) -> bool:
     """Say whether all that a request is to run on have room for it."""
     view = _able(core, entry.request, entry.failed_on)
-    room = _room(core, entry.request, view)
+    try:
+        room = _room(core, entry.request, view)
+    except Exception as error:
+        raise policy_error(core.balancer, error) from error
     open = {id for id, free in zip(view.workers.ids, room, strict=True) if free}
     return chosen <= open
 
 
-def _yielding(core: Core, request: Request) -> list[Booking]:
-    """Return the newest booking of each worker that makes place for *request*."""
-    if not core.balancer.preempts(request, core.view):
-        return []
+def _yielding(core: Core, request: Request, many: int) -> list[Booking]:
+    """Return what makes place for *request*: the newest *many* of each worker."""
+    balancer, view = core.balancer, core.view
     victims: dict[RequestId, Booking] = {}
-    for worker in core.view.workers.ids:
-        for booking in core.books.sheddable(worker):
-            if core.balancer.yields(booking, request, core.view):
+    try:
+        if not balancer.preempts(request, view):
+            return []
+        for worker in _able(core, request).workers.ids:
+            yielding = (
+                booking
+                for booking in core.books.sheddable(worker)
+                if balancer.yields(booking, request, view)
+            )
+            for booking in islice(yielding, many):
                 victims[booking.request.id] = booking
-                break
+    except Exception as error:
+        raise policy_error(balancer, error) from error
     return [*victims.values()]
 
 

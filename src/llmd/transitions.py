@@ -30,7 +30,7 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
     request = event.request
     core.check(request)
     core.view.advance(event.at)
-    balancer = core.balancer
+    balancer, opened = core.balancer, core.opened()
     try:
         verdict = balancer.admit(request, core.view)
         if not verdict.admitted:
@@ -44,15 +44,17 @@ def arrived(core: Core, event: e.RequestArrived) -> list[c.Command]:
         core.deadlines.add((request.deadline, request.id))
     core.waiting.tell(balancer.admitted, request, core.view)
     # Only its own lane has changed, unless time alone has opened another.
-    return core.dispatch(None if core.opened() else lane)
+    return core.dispatch(None if opened else lane)
 
 
 def cancelled(core: Core, event: e.RequestCancelled) -> list[c.Command]:
     core.view.advance(event.at)
+    headed = core.waiting.heads(event.request_id)
     entry = core.waiting.remove(event.request_id, core.view)
     if entry is not None:
         core.gone(entry.request)
-        return []
+        # Who stood behind it may have room where it had none.
+        return core.dispatch() if headed else []
     booking = core.books.get(event.request_id)
     if booking is None:
         return []
@@ -95,7 +97,7 @@ def generated(core: Core, event: e.TokensGenerated) -> list[c.Command]:
         return []
     core.books.generated(booking, tokens)
     commands = core.charge(booking, tokens)
-    return [*commands, *core.dispatch()] if core.opened() else commands
+    return [*commands, *core.dispatch()] if commands or core.opened() else []
 
 
 def ended(core: Core, event: e.RequestEnded) -> list[c.Command]:

@@ -73,6 +73,7 @@ class Workers:
     _derived: dict[Hashable, NDArray[Any]] = attrs.field(
         factory=dict, init=False, repr=False
     )
+    _served: dict[str, bool] = attrs.field(factory=dict, init=False, repr=False)
     _beside: dict[str, frozenset[str] | None] = attrs.field(
         factory=dict, init=False, repr=False
     )
@@ -120,6 +121,16 @@ class Workers:
         """Say which workers are in one of *states*, shape (W,)."""
         return self.derived(states, _within)
 
+    def serve(self, model: str) -> bool:
+        """Say whether a worker is ready for requests for *model*."""
+        served = self._served
+        if model not in served:
+            if len(served) >= _DERIVED_KEPT:
+                served.clear()
+            ready = zip(self.facts, self.states, strict=True)
+            served[model] = any(s in _READY and w.serves(model) for w, s in ready)
+        return served[model]
+
     def models_beside(self, model: str) -> frozenset[str] | None:
         """Return *model* and those that compete with it for some worker.
 
@@ -165,6 +176,10 @@ class _Part(Workers):
         whole: Workers = self._whole
         part: NDArray[Any] = whole.derived(key, make)[self._picked]
         return part
+
+    def serve(self, model: str) -> bool:
+        whole: Workers = self._whole
+        return whole.serve(model)
 
     def models_beside(self, model: str) -> frozenset[str] | None:
         whole: Workers = self._whole
@@ -216,11 +231,17 @@ class Waiting(Protocol):
     def tokens_before(self, request: Request, view: View) -> int:
         """Sum of the prompts that would be sent before *request*, at most."""
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        """Sum of the prompts expected to be sent before *request*."""
+
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
 
     def tokens_of(self, models: Collection[str] | None) -> int:
         """Sum of the prompts for any of *models*; None for all."""
+
+    def group_of(self, request: Request) -> Hashable:
+        """Return what keeps *request* apart whatever a balancer says."""
 
     def since(self, id: RequestId) -> float | None:
         """Return when a waiting request arrived; None if it does not wait."""
@@ -256,6 +277,8 @@ class View:
         workers: The fleet, W workers.
         waiting: Requests not yet dispatched.
         totals: What has come and gone, over all workers.
+        lane: To an order that is asked for a place: what the balancers above it
+            tell apart.
     """
 
     now: float
@@ -263,6 +286,7 @@ class View:
     workers: Workers
     waiting: Waiting
     totals: Totals = attrs.field(factory=Totals, kw_only=True)
+    lane: Hashable = attrs.field(default=(), kw_only=True)
     _match: Callable[[Request, Sequence[WorkerId], float], Ints] = attrs.field(
         alias="match"
     )
@@ -291,14 +315,15 @@ class View:
             rows=rows,
         )
 
-    def waited(self, waiting: Waiting) -> View:
-        """Return the same view with other requests waiting."""
+    def seen(self, waiting: Waiting | None = None, lane: Hashable = ()) -> View:
+        """Return the same view with other requests waiting, or of a lane."""
         return View(
             now=self.now,
             rng=self.rng,
             workers=self.workers,
-            waiting=waiting,
+            waiting=self.waiting if waiting is None else waiting,
             totals=self.totals,
+            lane=lane,
             match=self._match,
             serving=self._serving,
             whole=self._whole,

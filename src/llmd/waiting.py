@@ -146,6 +146,11 @@ class WaitingRequests:
         lane = self._lanes.get(name)
         return None if lane is None else lane.head
 
+    def heads(self, id: RequestId) -> bool:
+        """Say whether a request is the next of its lane."""
+        entry = self._entries.get(id)
+        return entry is not None and self.head(entry.lane) is entry
+
     def head(self, name: LaneName) -> Entry | None:
         """Return who is next in a lane."""
         if self._alone is not None:
@@ -153,18 +158,40 @@ class WaitingRequests:
         lane = self._lanes.get(name)
         return None if lane is None else lane.first
 
-    def successor(self, balancer: QueueBalancer, view: View) -> WaitingRequests:
-        """Return the same requests as *balancer* files them.
+    def refiled(self, view: View) -> tuple[WaitingRequests, list[Casualty]]:
+        """Return the same requests filed anew, and those the balancer failed on."""
+        other = WaitingRequests(self.balancer, self.group, self.faults)
+        other._last = self._last
+        casualties: list[Casualty] = []
+        for entry in self._copies(other):
+            try:
+                other._enter(entry, view, known=True)
+            except LlmdError as error:
+                self.tell(self.balancer.unqueued, entry.request, view)
+                casualties.append((entry.request, error))
+        return other, casualties
 
-        To the balancer that they wait for already they are not `queued` again.
+    def successor(self, balancer: QueueBalancer, view: View) -> WaitingRequests:
+        """Return the same requests as another balancer files them.
 
         Raises:
-            PolicyError: It broke its contract; the requests here are as before.
+            PolicyError: It broke its contract; the requests here are as before,
+                and to it none of them waits.
         """
         other = WaitingRequests(balancer, self.group, self.faults)
         other._last = self._last
+        try:
+            for entry in self._copies(other):
+                other._enter(entry, view)
+        except LlmdError:
+            other.dismiss(view)
+            raise
+        return other
+
+    def _copies(self, other: WaitingRequests) -> Iterator[Entry]:
+        """Yield the entries as *other* may file them, in order of arrival."""
         for old in sorted(self._entries.values(), key=lambda entry: entry.number):
-            entry = Entry(
+            yield Entry(
                 old.request,
                 other._apart(old.request, old.failed_on),
                 old.since,
@@ -174,8 +201,6 @@ class WaitingRequests:
                 old.generated_tokens,
                 old.again,
             )
-            other._enter(entry, view, known=balancer is self.balancer)
-        return other
 
     def dismiss(self, view: View) -> None:
         """Tell the balancer that none of these wait for it any more."""
@@ -197,6 +222,11 @@ class WaitingRequests:
         beside = self.tokens_of(view.workers.models_beside(request.model))
         return min(self.balancer.tokens_before(request, view), beside)
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        """Sum of the prompts expected to be sent before *request*."""
+        expected = self.balancer.tokens_ahead(request, view)
+        return min(expected, self.tokens_before(request, view))
+
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
         return self._models[model]
@@ -209,6 +239,10 @@ class WaitingRequests:
         if len(tokens) <= len(models):
             return sum(tokens[model] for model in tokens if model in models)
         return sum(tokens[model] for model in models if model in tokens)
+
+    def group_of(self, request: Request) -> Hashable:
+        """Return what keeps *request* apart whatever the balancer says."""
+        return self.group(request)
 
     def since(self, id: RequestId) -> float | None:
         """Return when a waiting request arrived."""
@@ -259,6 +293,8 @@ class WaitingRequests:
             if self._entries or entry.until < _NEVER:
                 self._join()
                 self._file(entry, self._turn_of(entry.flow, view))
+                if len(self._lanes_of[entry.flow]) > 1:
+                    self._touched[entry.flow] = None
             else:
                 turn = self._turn_of(entry.flow, view)
                 self._alone = entry, (turn, entry.key, entry.number)

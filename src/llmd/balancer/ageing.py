@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
@@ -45,6 +45,9 @@ class Overdue:
         """Forget a request that waits no more."""
         self._lines.pop(id, None)
 
+    def __len__(self) -> int:
+        return len(self._lines)
+
     def longest(self) -> RequestId | None:
         """Return the one overdue longest; None if none is."""
         heap = self._heap
@@ -58,37 +61,42 @@ class Overdue:
 
 @attrs.define(eq=False)
 class _Group:
-    """Requests that the same workers could serve, by model and adapter."""
+    """Requests for one model."""
 
     waiting: int = 0
     since: int = 0
-    chosen: RequestId | None = None
-    overdue: Overdue = attrs.field(factory=Overdue)
+    lanes: dict[Hashable, Overdue] = attrs.field(factory=dict)
+    chosen: dict[RequestId, None] = attrs.field(factory=dict)
 
 
 @attrs.define(eq=False)
 class Ageing:
     """Gives one dispatch in *every* to whoever is overdue longest.
 
-    Each model and adapter counts for itself, so that one whose workers are busy
-    or gone does not take the turn of the others.  Groups are forgotten when
-    nobody of them waits.
+    Dispatches are counted for each model, and count for those that compete with it
+    for a worker.  When it is the turn of the overdue, it is that of the longest
+    overdue in each lane, and the first of them to go ends it: one that cannot go
+    takes nobody's turn.  Models are forgotten when nobody waits for them.
 
     Attributes:
         every: Dispatches of which one goes to an overdue request.
 
     >>> ageing = Ageing(every=2)
     >>> late = Request(id="late", prompt=[1])
-    >>> ageing.enter(late), ageing.add(late, 1.0), ageing.moved()
+    >>> ageing.enter(late), ageing.add(late, 1.0, ()), ageing.moved()
     (None, True, [])
-    >>> ageing.sent(Request(id="other", prompt=[1])), ageing.moved(), "late" in ageing
-    (None, ['late'], True)
+    >>> ageing.sent(Request(id="other", prompt=[1]), None), ageing.moved()
+    (None, ['late'])
+    >>> "late" in ageing
+    True
     """
 
     every: int
-    _groups: dict[Hashable, _Group] = attrs.field(factory=dict, init=False)
+    _groups: dict[str, _Group] = attrs.field(factory=dict, init=False)
+    _times: dict[RequestId, int] = attrs.field(factory=dict, init=False)
+    _lane_of: dict[RequestId, Hashable] = attrs.field(factory=dict, init=False)
     _chosen: dict[RequestId, None] = attrs.field(factory=dict, init=False)
-    _changed: dict[Hashable, None] = attrs.field(factory=dict, init=False)
+    _changed: dict[str, None] = attrs.field(factory=dict, init=False)
 
     def __contains__(self, id: RequestId) -> bool:
         """Say whether it is the turn of *id*."""
@@ -96,73 +104,86 @@ class Ageing:
 
     @property
     def chosen(self) -> Collection[RequestId]:
-        """Whose turn it is, one of each group at most."""
+        """Whose turn it is, one of each lane at most."""
         return self._chosen.keys()
 
     def enter(self, request: Request) -> None:
-        """Count a request that begins to wait."""
-        name = _group_of(request)
-        group = self._groups.get(name)
-        if group is None:
-            group = self._groups[name] = _Group()
-        group.waiting += 1
+        """Count a request that begins to wait, perhaps here once more."""
+        id = request.id
+        self._times[id] = self._times.get(id, 0) + 1
+        if self._times[id] == 1:
+            self._groups.setdefault(request.model, _Group()).waiting += 1
 
     def leave(self, request: Request) -> None:
-        """Forget a request that waits no more."""
-        name = _group_of(request)
-        group = self._groups.get(name)
-        if group is None:
+        """Forget a request that waits no more, unless it is here once more."""
+        id, model = request.id, request.model
+        times = self._times.pop(id, 0)
+        if times != 1:
+            if times:
+                self._times[id] = times - 1
             return
+        group = self._groups[model]
         group.waiting -= 1
-        group.overdue.drop(request.id)
-        if group.chosen == request.id:
-            del self._chosen[request.id]
-            group.chosen = None
-        if group.waiting > 0:
-            self._changed[name] = None
+        self._drop(group, id)
+        group.chosen.pop(id, None)
+        self._chosen.pop(id, None)
+        if group.waiting:
+            self._changed[model] = None
         else:
-            del self._groups[name]
-            self._changed.pop(name, None)
+            del self._groups[model]
+            self._changed.pop(model, None)
 
-    def add(self, request: Request, due: float) -> bool:
+    def add(self, request: Request, due: float, lane: Hashable) -> bool:
         """Note that *request* is overdue since *due*; False if it does not wait."""
-        name = _group_of(request)
-        group = self._groups.get(name)
-        if group is None:
+        id = request.id
+        if id not in self._times:
             return False
-        group.overdue.add(request.id, due)
-        self._changed[name] = None
+        group = self._groups[request.model]
+        if self._lane_of.get(id, lane) != lane:
+            self._drop(group, id)
+        self._lane_of[id] = lane
+        group.lanes.setdefault(lane, Overdue()).add(id, due)
+        self._changed[request.model] = None
         return True
 
-    def sent(self, request: Request) -> None:
-        """Count a dispatch, before the request leaves."""
-        name = _group_of(request)
-        group = self._groups.get(name)
-        if group is not None:
-            group.since = 0 if request.id == group.chosen else group.since + 1
+    def sent(self, request: Request, models: Collection[str] | None) -> None:
+        """Count a dispatch, before the request leaves.
+
+        Args:
+            request: Who goes.
+            models: Those that compete with its own for a worker; None for all.
+        """
+        groups, turn = self._groups, request.id in self._chosen
+        names = (
+            groups if models is None else [name for name in groups if name in models]
+        )
+        for name in names:
+            groups[name].since = 0 if turn else groups[name].since + 1
             self._changed[name] = None
 
-    def moved(self) -> Iterable[RequestId]:
+    def moved(self) -> list[RequestId]:
         """Choose anew; return who was chosen or is no more."""
-        if not self._changed:
-            return ()
         moved: list[RequestId] = []
         for name in self._changed:
             group = self._groups[name]
-            turn = group.since + 1 >= self.every
-            chosen = group.overdue.longest() if turn else None
-            if chosen == group.chosen:
-                continue
-            for id in (group.chosen, chosen):
-                if id is not None:
-                    moved.append(id)
-                    self._chosen.pop(id, None)
-            group.chosen = chosen
-            if chosen is not None:
-                self._chosen[chosen] = None
+            chosen: dict[RequestId, None] = {}
+            if group.since + 1 >= self.every:
+                longest = [overdue.longest() for overdue in group.lanes.values()]
+                chosen = {id: None for id in longest if id is not None}
+            if chosen != group.chosen:
+                both = (*group.chosen, *chosen)
+                moved += [id for id in both if (id in chosen) != (id in group.chosen)]
+                for id in group.chosen:
+                    del self._chosen[id]
+                self._chosen |= chosen
+                group.chosen = chosen
         self._changed.clear()
         return moved
 
-
-def _group_of(request: Request) -> Hashable:
-    return request.model, request.lora
+    def _drop(self, group: _Group, id: RequestId) -> None:
+        lane = self._lane_of.pop(id, None)
+        overdue = group.lanes.get(lane)
+        if overdue is not None:
+            overdue.drop(id)
+            if not overdue:
+                del group.lanes[lane]

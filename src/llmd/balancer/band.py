@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 
 import attrs
 
@@ -145,6 +145,10 @@ class OfBand:
         """Sum of the prompts that would be sent before *request*, at most."""
         return self.all.tokens_before(request, view)
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        """Sum of the prompts expected to be sent before *request*."""
+        return self.all.tokens_ahead(request, view)
+
     def of_model(self, model: str) -> int:
         """Count those for *model*."""
         return sum(request.model == model for request in self)
@@ -152,6 +156,10 @@ class OfBand:
     def tokens_of(self, models: Collection[str] | None) -> int:
         """Sum of the prompts for any of *models*; None for all."""
         return self.backlog.tokens_of(models)
+
+    def group_of(self, request: Request) -> Hashable:
+        """Return what keeps *request* apart whatever a balancer says."""
+        return self.all.group_of(request)
 
     def since(self, id: RequestId) -> float | None:
         """Return when a waiting request arrived; None if it does not wait."""

@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Any
 
 import attrs
-import numpy as np
 
 from ..booking import Booking
 from ..errors import PolicyError, shown
@@ -19,6 +18,7 @@ from .amounts import COUNT, a_callable
 from .band import Band, OfBand
 from .interface import Place, QueueBalancer
 from .over import room_among
+from .rooms import part_of
 from .verdict import Verdict
 
 OVERDUE = (-1, "")
@@ -50,10 +50,10 @@ class Bands(QueueBalancer):
     room; a limit of the band's own order is not divided.  *Ageing*: a request
     that has waited for its band's `max_wait` is overdue, and one dispatch in
     *every* goes to whoever is overdue longest, hold-back or not; for the others
-    it stays in its place.  Each model and adapter counts for itself.  A request
-    therefore waits at most for max_wait and then *every* dispatches of its
-    model and adapter for each of those overdue before it, and the bands above
-    lose at most one part in *every*.
+    it stays in its place.  Models that share no worker count apart, and one that
+    no worker can take now takes nobody's turn.  A request therefore waits at
+    most for max_wait and then *every* dispatches for each of those overdue
+    before it, and the bands above lose at most one part in *every*.
 
     Requests of a lower band make place for a higher one while they are
     sheddable, have streamed nothing (or can be resumed) and are not overdue.
@@ -112,8 +112,10 @@ class Bands(QueueBalancer):
             until = min(until, due)
         elif request.id in self._ageing:
             return Place(due, OVERDUE, below.lane)
-        elif not self._ageing.add(request, due):
-            until = view.now  # begins to wait, overdue as it is: ask again
+        else:
+            lane = view.lane, view.waiting.group_of(request), below.lane
+            if not self._ageing.add(request, due, lane):
+                until = view.now  # begins to wait, overdue as it is: ask again
         return Place(below.key, (number, below.flow), below.lane, until)
 
     @property
@@ -129,13 +131,20 @@ class Bands(QueueBalancer):
         before = self.of[: self.index(request) + 1]
         return sum(band.backlog.tokens_of(models) for band in before)
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        number, models = self.index(request), view.workers.models_beside(request.model)
+        above = sum(band.backlog.tokens_of(models) for band in self.of[:number])
+        band = self.of[number]
+        own = band.order.tokens_ahead(request, view)
+        return above + min(own, band.backlog.tokens_of(models))
+
     @property
     def pressing(self) -> Collection[RequestId]:
         """The overdue requests whose turn it is."""
         return self._ageing.chosen
 
-    def opens_at(self, view: View) -> float:
-        return min(band.order.opens_at(view) for band in self.of)
+    def opens_at(self, view: View, after: float) -> float:
+        return min(band.order.opens_at(view, after) for band in self.of)
 
     def moved(self, view: View) -> Iterable[RequestId]:
         moved = [id for band in self.of for id in band.order.moved(view)]
@@ -149,7 +158,7 @@ class Bands(QueueBalancer):
         if check is not None:
             return Verdict.of([check])
         alone = OfBand(band.backlog, view.waiting, self._among[number])
-        return band.order.admit(request, view.waited(alone))
+        return band.order.admit(request, view.seen(alone))
 
     def share(self, request: Request, view: View) -> float:
         if request.id in self._ageing:
@@ -162,7 +171,7 @@ class Bands(QueueBalancer):
         if share == 1.0:
             return order.room(request, view)
         workers = view.workers
-        open: Mask = workers.running_requests < np.ceil(workers.max_running * share)
+        open: Mask = workers.running_requests < part_of(workers.max_running, share)
         return room_among(order, request, view, open)
 
     def preempts(self, request: Request, view: View) -> bool:
@@ -192,7 +201,8 @@ class Bands(QueueBalancer):
     def dispatched(self, booking: Booking, view: View) -> None:
         band = self._of(booking.request)
         band.order.dispatched(booking, view)
-        self._ageing.sent(booking.request)
+        request = booking.request
+        self._ageing.sent(request, view.workers.models_beside(request.model))
         band.sent(booking, view.now)
 
     def generated(self, booking: Booking, tokens: int, view: View) -> None:

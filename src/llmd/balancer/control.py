@@ -86,10 +86,11 @@ class FlowControl(Over):
         self._listeners = (self.order, *self.gates, *self.rooms, *accounts)
 
     def place(self, request: Request, view: View, since: float) -> Place:
-        place = self.order.place(request, view, since)
         lanes: tuple[Hashable, ...] = tuple([r.lane(request, view) for r in self.rooms])
         if not any(lanes):
-            return place
+            return self.order.place(request, view, since)
+        within = view.seen(lane=(view.lane, lanes))
+        place = self.order.place(request, within, since)
         return Place(place.key, place.flow, (place.lane, lanes), place.until)
 
     def admit(self, request: Request, view: View) -> Verdict:
@@ -108,6 +109,7 @@ class FlowControl(Over):
             open = open & _opened(each, request, share, view)
         pressing = self.order.pressing
         if not pressing:
+            self._kept.clear()
             return room_among(self.order, request, view, open)
         if request.id not in pressing:
             self._keep_out(pressing, open := open.copy(), view)
@@ -136,7 +138,7 @@ class FlowControl(Over):
         idle = (workers.running_requests == 0) & ~room
         if kept.worker in ids and idle[ids.index(kept.worker)]:
             kept.refused.add(kept.worker)
-        could &= [id not in kept.refused for id in ids]
+        could &= np.array([id not in kept.refused for id in ids], dtype=np.bool_)
         if kept.worker in ids and could[ids.index(kept.worker)]:
             return
         least = np.where(could, workers.prefill_tokens, np.inf)
@@ -151,9 +153,9 @@ class FlowControl(Over):
             if worker in kept:
                 open[row] = False
 
-    def opens_at(self, view: View) -> float:
-        rooms = [room.opens_at(view) for room in self.rooms]
-        return min([self.order.opens_at(view), *rooms])
+    def opens_at(self, view: View, after: float) -> float:
+        rooms = [room.opens_at(view, after) for room in self.rooms]
+        return min([self.order.opens_at(view, after), *rooms])
 
     def admitted(self, request: Request, view: View) -> None:
         self._tell_all("admitted", request, view)

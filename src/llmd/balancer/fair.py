@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -33,7 +33,38 @@ _LEVELS = 4096
 _tenant: Callable[[Request], Hashable] = attrgetter("tenant")
 
 
+@attrs.define(eq=False)
+class Backlogs:
+    """What waits of each tenant: for which models, and how many prompt tokens."""
+
+    _tenants: dict[Hashable, dict[str, list[int]]] = attrs.field(factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def models(self, tenant: Hashable) -> Iterable[str]:
+        """Return the models that a tenant waits for."""
+        return self._tenants.get(tenant, {}).keys()
+
+    def tokens(self, tenant: Hashable) -> int:
+        """Return the prompt tokens that wait of a tenant."""
+        return sum(tokens for _, tokens in self._tenants.get(tenant, {}).values())
+
+    def count(self, tenant: Hashable, request: Request, by: int) -> None:
+        """Count a request that begins (1) or ceases (-1) to wait."""
+        models = self._tenants.setdefault(tenant, {})
+        counts = models.setdefault(request.model, [0, 0])
+        counts[0] += by
+        counts[1] += by * request.prompt_tokens
+        if counts[0] <= 0:
+            del models[request.model]
+            if not models:
+                del self._tenants[tenant]
+
+
 def _no_bands(instance: object, field: Any, value: QueueBalancer) -> None:
+    while isinstance(value, Over):
+        value = value.order
     if isinstance(value, Bands):
         name = type(instance).__name__
         raise PolicyError(
@@ -60,6 +91,7 @@ class Fair(Over, abc.ABC):
     )
     ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
     _level: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _backlog: Backlogs = attrs.field(factory=Backlogs, init=False, repr=False)
 
     def flow(self, request: Request) -> Hashable:
         return self.tenant(request)
@@ -79,13 +111,28 @@ class Fair(Over, abc.ABC):
 
     def queued(self, request: Request, view: View) -> None:
         self.order.queued(request, view)
+        tenant, model = self.tenant(request), request.model
         # Who waits for workers that are not there must not hold the level down.
-        level = self._level.get(request.model, 0.0)
-        self.ledger.open(self.tenant(request), level)
+        level = self._level.get(model, 0.0)
+        if not self.ledger.open(tenant, level):
+            # Nor save anything up meanwhile.
+            models = self._backlog.models(tenant)
+            if not any(view.workers.serve(each) for each in models):
+                self.ledger.lift(tenant, level)
+        self._backlog.count(tenant, request, 1)
 
     def unqueued(self, request: Request, view: View) -> None:
-        self.ledger.close(self.tenant(request))
+        tenant = self.tenant(request)
+        self.ledger.close(tenant)
+        self._backlog.count(tenant, request, -1)
         self.order.unqueued(request, view)
+
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        # Its tenant's own go first, and meanwhile as much of each other's.
+        own = self._backlog.tokens(self.tenant(request)) + request.prompt_tokens
+        others = max(len(self._backlog) - 1, 0)
+        ahead = own * (others + 1) - request.prompt_tokens
+        return min(self.order.tokens_ahead(request, view), ahead)
 
     @abc.abstractmethod
     def charge(self, request: Request, tokens: float, view: View) -> None:
@@ -225,8 +272,10 @@ class Las(Vtc):
         past = view.now / self.half_life
         # Less than one token attained is as good as nothing.
         self.order.queued(request, view)
+        tenant = self.tenant(request)
         self.ledger.forget_below(past)
-        self.ledger.open(self.tenant(request), past)
+        self.ledger.open(tenant, past)
+        self._backlog.count(tenant, request, 1)
 
     def charge(self, request: Request, tokens: float, view: View) -> None:
         if tokens <= 0:

@@ -211,11 +211,12 @@ class DeadlineInfeasible(Gate):
     """Refuses whom no worker can give a first token in time.
 
     Its first token is expected after the prompts that wait here and go before
-    it, for models that compete with its own, spread over the workers that can
-    serve it, and then what the router says of the best of them.  That is the
-    least it can take: places and answers that it may have to wait for are not
-    counted, so nobody is refused who could make it.  The estimate uses only the
-    cluster's own books, which are never stale.
+    it, as its order expects, for models that compete with its own, spread over
+    the workers that can serve it, and then what the router says of the best of
+    them.  Places and answers that it may have to wait for are not counted, nor
+    work that would make place for it; under orders by deadline or length nobody
+    is expected before it.  The estimate uses only the cluster's own books, which
+    are never stale.
 
     Attributes:
         router: Prices in seconds to a first token.
@@ -314,4 +315,4 @@ def _queued_s(request: Request, view: View, machine: Machine, workers: int) -> f
     """Return the seconds of prompts that wait before *request*, for each worker."""
     # At the pace of a prompt of usual length, since only their sum is known.
     seconds_per_token = machine.prefill_s(1024.0) / 1024.0
-    return view.waiting.tokens_before(request, view) * seconds_per_token / workers
+    return view.waiting.tokens_ahead(request, view) * seconds_per_token / workers

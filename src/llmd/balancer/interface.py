@@ -141,9 +141,19 @@ class QueueBalancer(Listener, abc.ABC):
         """Requests that have waited too long for others to be sent past them."""
         return ()
 
-    def opens_at(self, view: View) -> float:
-        """Return when time alone makes room, or has made it; infinity for never."""
+    def opens_at(self, view: View, after: float) -> float:
+        """Return the first time past *after* at which time alone makes room.
+
+        Infinity for never; it may be too early, but not too late.
+        """
         return math.inf
+
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        """Return the waiting prompt tokens expected to go before *request*.
+
+        For estimates of its wait; at most `tokens_before`.
+        """
+        return self.tokens_before(request, view)
 
     def admit(self, request: Request, view: View) -> Verdict:
         """Say whether *request* may wait here at all."""

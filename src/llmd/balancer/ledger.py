@@ -108,6 +108,13 @@ class Ledger:
         self._write((amount, self._opened, tenant), self._open)
         return True
 
+    def lift(self, tenant: Hashable, amount: float) -> None:
+        """Lift a tenant that waits already, but has begun to compete only now."""
+        amount = max(amount, self.floor)
+        if self.lifts and amount > self[tenant]:
+            self.set(tenant, amount)
+            self._fresh.add(tenant)
+
     def close(self, tenant: Hashable) -> None:
         """Count one waiting request less; unknown tenants are ignored."""
         waiting = self._waiting.get(tenant, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -28,6 +29,8 @@ class Relatives:
 
     look: int = 8
     _names: dict[RequestId, tuple[int, ...]] = attrs.field(factory=dict, init=False)
+    # Those that are here more than once, as when one balancer replaces another.
+    _again: Counter[RequestId] = attrs.field(factory=Counter, init=False)
     _groups: dict[int, dict[RequestId, None]] = attrs.field(factory=dict, init=False)
 
     def __len__(self) -> int:
@@ -35,6 +38,9 @@ class Relatives:
 
     def add(self, request: Request, block_tokens: int) -> None:
         """Put a request among those that share its prefixes."""
+        if request.id in self._names:
+            self._again[request.id] += 1
+            return
         hashes = request.hashes(block_tokens)
         depths = [(1 << power) - 1 for power in range(len(hashes).bit_length())]
         names = tuple([int(hashes[depth]) for depth in depths])
@@ -43,7 +49,11 @@ class Relatives:
             self._groups.setdefault(name, {})[request.id] = None
 
     def drop(self, id: RequestId) -> None:
-        """Take a request out."""
+        """Take a request out, unless it is here once more."""
+        if self._again[id] > 0:
+            self._again[id] -= 1
+            return
+        del self._again[id]
         for name in self._names.pop(id, ()):
             group = self._groups[name]
             del group[id]
@@ -170,13 +180,10 @@ class D2lpm(Dlpm):
 
     def room(self, request: Request, view: View) -> Mask:
         room = self.order.room(request, view)
-        had = self._had.get(self.tenant(request))
-        if not had or not room.any():
+        if not room.any():
             return room
-        # A worker that joined since is level with the one that had least.
-        least = min(had.values())
-        ids = view.workers.ids
-        rounds = np.array([had.get(id, least) for id in ids]) // self.worker_quantum
+        had, ids = self._had_on(self.tenant(request), view), view.workers.ids
+        rounds = np.array([had[id] for id in ids]) // self.worker_quantum
         allowed: Mask = room & (rounds == rounds[room].min())
         return allowed
 
@@ -194,15 +201,29 @@ class D2lpm(Dlpm):
         self, booking: Booking, worker: WorkerId, tokens: float, view: View
     ) -> None:
         tenant = self.tenant(booking.request)
+        had = self._had_on(tenant, view.able(booking.request))
+        if worker not in had:  # it has become unable to serve it meanwhile
+            return
+        if len(had) > 2 * len(view.workers):
+            for gone in had.keys() - set(view.workers.ids):
+                del had[gone]
+        had[worker] += tokens / self.weight(tenant)
+
+    def _had_on(self, tenant: Hashable, view: View) -> dict[WorkerId, float]:
+        """Return what a tenant had on each worker; *view*: those it could use now.
+
+        One that it could not use before is level with the one of them that had
+        least, so that it makes up for nothing.
+        """
         had = self._had.get(tenant)
         if had is None:
             # Whom the ledger has forgotten is forgotten here too.
             if len(self._had) > 2 * len(self.ledger):
                 self._had = {t: h for t, h in self._had.items() if t in self.ledger}
-            had = self._had[tenant] = dict.fromkeys(view.workers.ids, 0.0)
-        if worker not in had:
-            if len(had) > 2 * len(view.workers):
-                for gone in had.keys() - set(view.workers.ids):
-                    del had[gone]
-            had[worker] = min(had.values(), default=0.0)
-        had[worker] += tokens / self.weight(tenant)
+            had = self._had[tenant] = {}
+        ids = view.workers.ids
+        new = [id for id in ids if id not in had]
+        if new:
+            least = min([had[id] for id in ids if id in had], default=0.0)
+            had |= dict.fromkeys(new, least)
+        return had

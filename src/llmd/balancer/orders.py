@@ -74,6 +74,9 @@ class ShortestPrefill(Fcfs):
     def place(self, request: Request, view: View, since: float) -> Place:
         return Place(self._key(request, view, since), self.flow(request))
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        return 0  # how many are shorter is not counted
+
     def _key(self, request: Request, view: View, since: float) -> float:
         return _uncached(request, view) + self.ageing_tokens_per_s * since
 
@@ -101,6 +104,9 @@ class WeightedShortest(Fcfs):
         repr=False,
     )
     output_tokens: int = attrs.field(default=256, validator=COUNT)
+
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        return 0  # how many are worth more is not counted
 
     def key(self, request: Request, view: View) -> Any:
         output = request.max_new_tokens or self.output_tokens
@@ -133,6 +139,9 @@ class Edf(Fcfs):
     def due(self, request: Request, since: float) -> float:
         """Return when the first token should be there, seconds."""
         return request.deadline
+
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        return 0  # how many are due earlier is not counted
 
     def key(self, request: Request, view: View) -> Any:
         return self.place(request, view, view.now).key

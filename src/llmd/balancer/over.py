@@ -66,13 +66,16 @@ class Over(QueueBalancer):
     def tokens_before(self, request: Request, view: View) -> int:
         return self.order.tokens_before(request, view)
 
+    def tokens_ahead(self, request: Request, view: View) -> int:
+        return self.order.tokens_ahead(request, view)
+
     @property
     def pressing(self) -> Collection[RequestId]:
         """Requests that must not be overtaken any more."""
         return self.order.pressing
 
-    def opens_at(self, view: View) -> float:
-        return self.order.opens_at(view)
+    def opens_at(self, view: View, after: float) -> float:
+        return self.order.opens_at(view, after)
 
     def admit(self, request: Request, view: View) -> Verdict:
         return self.order.admit(request, view)

@@ -6,6 +6,7 @@ import abc
 import math
 from collections import deque
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import attrs
 import numpy as np
@@ -25,6 +26,17 @@ from .amounts import (
     a_callable,
 )
 from .interface import Listener
+
+_ROUNDING = 1e-9
+
+
+def part_of(limit: Any, share: float) -> Any:
+    """Return *share* of a limit on requests, in whole ones, at least one.
+
+    >>> float(part_of(100, 0.55)), float(part_of(3, 0.5))
+    (55.0, 2.0)
+    """
+    return np.ceil(np.multiply(limit, share) - _ROUNDING)
 
 
 class Room(Listener, abc.ABC):
@@ -53,8 +65,8 @@ class Room(Listener, abc.ABC):
         """Say which workers may have room for *request* some time, shape (W,)."""
         return np.ones(len(view.workers), dtype=np.bool_)
 
-    def opens_at(self, view: View) -> float:
-        """Return when time alone makes room, or has made it; infinity for never."""
+    def opens_at(self, view: View, after: float) -> float:
+        """Return the first time past *after* at which time alone makes room."""
         return math.inf
 
 
@@ -83,7 +95,7 @@ class FixedRoom(Room):
         workers = view.workers
         limit = workers.max_running if self.requests is None else self.requests
         running = workers.running_requests
-        room: Mask = running < np.ceil(np.multiply(limit, share))
+        room: Mask = running < part_of(limit, share)
         if self.kv_usage < math.inf:
             tokens = workers.context_tokens + request.prompt_tokens
             room = room & (tokens <= self.kv_usage * share * workers.kv_tokens)
@@ -156,13 +168,13 @@ class AimdRoom(Room):
         pace = self._paces.get(worker)
         return self.start if pace is None else int(pace.limit)
 
-    def opens_at(self, view: View) -> float:
+    def opens_at(self, view: View, after: float) -> float:
         return view.now if self._grown else math.inf
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         self._grown = False
         limits = np.array([self.limit(id) for id in view.workers.ids], dtype=np.float64)
-        room: Mask = view.workers.running_requests < np.ceil(limits * share)
+        room: Mask = view.workers.running_requests < part_of(limits, share)
         return room
 
     def dispatched(self, booking: Booking, view: View) -> None:
@@ -271,7 +283,7 @@ class LongPrefillCap(Room):
     def _long_ones(self, view: View) -> Mask:
         """Say which workers are not kept free of long prompts, shape (W,)."""
         workers = len(view.workers)
-        most = max(math.floor(workers * (1.0 - self.spare)), 1)
+        most = max(math.floor(workers * (1.0 - self.spare) + _ROUNDING), 1)
         return np.arange(workers) < most
 
     def under_way(self, worker: WorkerId) -> int:
@@ -337,14 +349,14 @@ class PromptBudget(Room):
         tokens, at = self._filled.get(worker, (self.tokens, now))
         return min(tokens + (now - at) * self.tokens / self.window_s, self.tokens)
 
-    def opens_at(self, view: View) -> float:
+    def opens_at(self, view: View, after: float) -> float:
         times = [
             at + (2 * _A_BIT - tokens) * self.window_s / self.tokens
             for worker in view.workers.ids
             for tokens, at in [self._filled.get(worker, (self.tokens, 0.0))]
             if tokens < _A_BIT
         ]
-        return min(times, default=math.inf)
+        return min([at for at in times if at > after], default=math.inf)
 
     def dispatched(self, booking: Booking, view: View) -> None:
         worker = booking.decision.first

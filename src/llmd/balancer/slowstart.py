@@ -47,13 +47,15 @@ class SlowStart(Room):
         allowed: Mask = workers.running_requests < most
         return allowed
 
-    def opens_at(self, view: View) -> float:
-        workers, since = view.workers, self._since
-        steps = np.maximum(workers.max_running - self.first, 1)
-        ahead = (workers.running_requests - self.first) / steps * self.ramp
-        times = [
-            since[worker] + after + _A_MOMENT_S
-            for worker, after in zip(workers.ids, ahead.tolist(), strict=True)
-            if worker in since and 0 <= after < self.ramp
-        ]
+    def opens_at(self, view: View, after: float) -> float:
+        workers, times = view.workers, []
+        for worker, most in zip(workers.ids, workers.max_running.tolist(), strict=True):
+            since, grows = self._since.get(worker), most - self.first
+            if since is None or grows <= 0 or after >= since + self.ramp:
+                continue
+            # It takes one more each time that it has grown by a whole one.
+            each_s = self.ramp / grows
+            grown = max(math.floor((after - since) / each_s), 0)
+            next_at = since + grown * each_s + _A_MOMENT_S
+            times.append(next_at if next_at > after else next_at + each_s)
         return min(times, default=math.inf)

@@ -334,11 +334,12 @@ class Server:
             await asyncio.sleep(self.tick)
             try:
                 self.handle(e.Tick(self.clock()))
-            except LlmdError as error:
+            except Exception as error:
+                # Whatever it is, deadlines must go on being kept.
                 self.counts["policy_errors"] += 1
                 self._complain(error)
 
-    def _complain(self, error: LlmdError) -> None:
+    def _complain(self, error: Exception) -> None:
         """Log *error*, one of a kind a minute: a tick comes ten times a second."""
         kind, now = type(error).__name__, self.clock()
         if isinstance(error, PolicyError):
