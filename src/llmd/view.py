@@ -317,18 +317,13 @@ class View:
 
     def seen(self, waiting: Waiting | None = None, lane: Hashable = ()) -> View:
         """Return the same view with other requests waiting, or of a lane."""
-        return View(
-            now=self.now,
-            rng=self.rng,
-            workers=self.workers,
-            waiting=self.waiting if waiting is None else waiting,
-            totals=self.totals,
-            lane=lane,
-            match=self._match,
-            serving=self._serving,
-            whole=self._whole,
-            rows=self._rows,
-        )
+        twin = object.__new__(View)
+        for name in _VIEW:
+            setattr(twin, name, getattr(self, name))
+        twin.lane = lane
+        if waiting is not None:
+            twin.waiting = waiting
+        return twin
 
     def able(self, request: Request) -> View:
         """Return the view of the workers of all that can serve *request* now."""
@@ -365,3 +360,6 @@ class View:
         """Move to *now*; what was matched before may have changed."""
         self.now = now
         self._matched = (None, None)
+
+
+_VIEW = tuple([field.name for field in attrs.fields(View)])

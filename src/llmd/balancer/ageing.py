@@ -109,10 +109,15 @@ class Ageing:
 
     def enter(self, request: Request) -> None:
         """Count a request that begins to wait, perhaps here once more."""
-        id = request.id
-        self._times[id] = self._times.get(id, 0) + 1
-        if self._times[id] == 1:
-            self._groups.setdefault(request.model, _Group()).waiting += 1
+        id, times = request.id, self._times
+        if id in times:
+            times[id] += 1
+            return
+        times[id] = 1
+        group = self._groups.get(request.model)
+        if group is None:
+            group = self._groups[request.model] = _Group()
+        group.waiting += 1
 
     def leave(self, request: Request) -> None:
         """Forget a request that waits no more, unless it is here once more."""
@@ -124,12 +129,12 @@ class Ageing:
             return
         group = self._groups[model]
         group.waiting -= 1
-        self._drop(group, id)
-        group.chosen.pop(id, None)
-        self._chosen.pop(id, None)
-        if group.waiting:
+        if id in self._lane_of:
+            self._drop(group, id)
+            group.chosen.pop(id, None)
+            self._chosen.pop(id, None)
             self._changed[model] = None
-        else:
+        if not group.waiting:
             del self._groups[model]
             self._changed.pop(model, None)
 
@@ -158,12 +163,16 @@ class Ageing:
             groups if models is None else [name for name in groups if name in models]
         )
         for name in names:
-            groups[name].since = 0 if turn else groups[name].since + 1
-            self._changed[name] = None
+            group = groups[name]
+            group.since = 0 if turn else group.since + 1
+            if group.lanes:
+                self._changed[name] = None
 
     def moved(self) -> list[RequestId]:
         """Choose anew; return who was chosen or is no more."""
         moved: list[RequestId] = []
+        if not self._changed:
+            return moved
         for name in self._changed:
             group = self._groups[name]
             chosen: dict[RequestId, None] = {}

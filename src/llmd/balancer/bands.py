@@ -17,7 +17,7 @@ from .ageing import Ageing
 from .amounts import COUNT, a_callable
 from .band import Band, OfBand
 from .interface import Place, QueueBalancer
-from .over import room_among
+from .over import room_among, says
 from .rooms import part_of
 from .verdict import Verdict
 
@@ -76,12 +76,22 @@ class Bands(QueueBalancer):
     )
     every: int = attrs.field(default=8, validator=COUNT)
     _ageing: Ageing = attrs.field(init=False, repr=False)
+    _restless: list[tuple[int, QueueBalancer]] = attrs.field(init=False, repr=False)
+    _moving: list[QueueBalancer] = attrs.field(init=False, repr=False)
     _among: tuple[Callable[[Request], bool], ...] = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._ageing = Ageing(self.every)
         numbers = range(len(self.of))
         self._among = tuple([functools.partial(self._is_of, n) for n in numbers])
+        # Before every dispatch only those are asked that have something to say.
+        orders = [band.order for band in self.of]
+        self._restless = [
+            (number, order)
+            for number, order in enumerate(orders)
+            if says(order, "restless")
+        ]
+        self._moving = [order for order in orders if says(order, "moved")]
 
     def index(self, request: Request) -> int:
         """Return the number of a request's band; beyond the ends, the nearest."""
@@ -122,8 +132,8 @@ class Bands(QueueBalancer):
     def restless(self) -> Collection[Hashable]:
         return [
             (number, flow)
-            for number, band in enumerate(self.of)
-            for flow in band.order.restless
+            for number, order in self._restless
+            for flow in order.restless
         ]
 
     def tokens_before(self, request: Request, view: View) -> int:
@@ -147,7 +157,7 @@ class Bands(QueueBalancer):
         return min(band.order.opens_at(view, after) for band in self.of)
 
     def moved(self, view: View) -> Iterable[RequestId]:
-        moved = [id for band in self.of for id in band.order.moved(view)]
+        moved = [id for order in self._moving for id in order.moved(view)]
         moved += self._ageing.moved()
         return moved
 

@@ -52,14 +52,20 @@ class Backlogs:
 
     def count(self, tenant: Hashable, request: Request, by: int) -> None:
         """Count a request that begins (1) or ceases (-1) to wait."""
-        models = self._tenants.setdefault(tenant, {})
-        counts = models.setdefault(request.model, [0, 0])
-        counts[0] += by
-        counts[1] += by * request.prompt_tokens
-        if counts[0] <= 0:
-            del models[request.model]
-            if not models:
-                del self._tenants[tenant]
+        tokens, model = by * request.prompt_tokens, request.model
+        models = self._tenants.get(tenant)
+        counts = None if models is None else models.get(model)
+        if models is None:
+            self._tenants[tenant] = {model: [by, tokens]}
+        elif counts is None:
+            models[model] = [by, tokens]
+        elif counts[0] + by > 0:
+            counts[0] += by
+            counts[1] += tokens
+        elif len(models) > 1:
+            del models[model]
+        else:
+            del self._tenants[tenant]
 
 
 def _no_bands(instance: object, field: Any, value: QueueBalancer) -> None:

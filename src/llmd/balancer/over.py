@@ -30,6 +30,17 @@ def room_among(order: QueueBalancer, request: Request, view: View, open: Mask) -
     return room
 
 
+def says(order: QueueBalancer, name: str) -> bool:
+    """Say whether an order, or what it lies over, has its own method or property.
+
+    >>> says(Over(Fcfs()), "restless"), says(Over(Fcfs()), "admit")
+    (False, True)
+    """
+    while getattr(type(order), name) is getattr(Over, name):
+        order = order.order  # type: ignore[attr-defined]
+    return getattr(type(order), name) is not getattr(QueueBalancer, name)
+
+
 @attrs.define(eq=False)
 class Over(QueueBalancer):
     """Does as `order` does; subclasses change what they are there for.
