@@ -256,6 +256,62 @@ def mapped(end):
     end.tell("end")
 
 
+def pushed(end, checked):
+    """Gather into the target's slab, mapped by CUDA IPC, and scatter: no NIXL.
+
+    What two processes of one GPU need at least if one pushes to the other: a
+    kernel each, and a flag in shared memory that both watch.
+    """
+    from multiprocessing.shared_memory import SharedMemory
+
+    import numpy
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    slots = numpy.arange(PER_LAYER)
+    if end.role == "target":
+        shared = SharedMemory(create=True, size=8 + 8 * BLOCKS)
+        made = stage(end)  # before the other end writes into the slab
+        end.tell(shared.name, *reduce_tensor(end.stage))
+    else:
+        name, rebuild, arguments = end.hear()
+        shared = SharedMemory(name)
+        end.stage = rebuild(*arguments)
+        made = stage(end)
+    flag = numpy.ndarray(1, numpy.int64, shared.buf)
+    sums = numpy.ndarray(BLOCKS, numpy.uint64, shared.buf, offset=8)
+    flag[0] = 0
+    for i in range(1, ROUNDS + WARM_UP + 1):
+        if end.role == "source":
+            end.hear()
+            time.sleep(2e-3)
+            begun = time.monotonic()
+            made.move(end.index, 0, slice(None), gather=True)
+            end.mark()()
+            if checked:
+                sums[:] = made.gathered(0, LAYERS, slots)
+            flag[0] = i
+            end.tell(begun)
+        else:
+            end.tell("ready")
+            until = time.monotonic() + LIMIT_S
+            while flag[0] < i and time.monotonic() < until:
+                pass
+            found = made.sums(0, LAYERS, slots) if checked else sums
+            made.move(end.index, 0, slice(None), gather=False)
+            end.sync()
+            same = bool((found == sums).all())
+            at = time.monotonic()
+            (begun,) = end.hear()
+            end.result(at - begun, same and end.right())
+    # The views must go before what they look at.
+    del flag, sums
+    if end.role == "source":
+        end.hear()
+    else:
+        end.tell("end")
+        shared.unlink()
+
+
 def copy_mapped(torch, view, here, source, index):
     try:
         kernel = _copy()
@@ -439,6 +495,8 @@ VARIANTS = {
     "staged, kernel, 16 pieces": lambda end: staged(end, kernels, 16),
     "staged, torch, 1 piece": lambda end: staged(end, torch_moves, 1),
     "mapped by CUDA IPC, one kernel": mapped,
+    "pushed into a mapped slab, checked": lambda end: pushed(end, True),
+    "pushed into a mapped slab, unchecked": lambda end: pushed(end, False),
     "runs of 1, 4 threads": lambda end: runs(end, 1, 4),
     "runs of 16, 4 threads": lambda end: runs(end, 16, 4),
     "runs of 64, no threads": lambda end: runs(end, 64, 0),
