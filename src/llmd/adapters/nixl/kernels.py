@@ -23,7 +23,10 @@ _WORDS = 2048
 _MIX = 0x1E3779B97F4A7C15
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["first_slot"],
+    do_not_specialize_on_alignment=["bases", "index", "sums"],
+)
 def _move(
     bases,
     index,
@@ -57,7 +60,10 @@ def _move(
         tl.store(sums + layer * slots + first_slot + block, tl.sum(total, axis=0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["blocks"],
+    do_not_specialize_on_alignment=["index", "sums"],
+)
 def _sum(slab, index, sums, blocks, words, slot_stride, size: tl.constexpr):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -68,6 +74,27 @@ def _sum(slab, index, sums, blocks, words, slot_stride, size: tl.constexpr):
         values = tl.load(row + at, mask=at < words, other=0)
         total += values * ((at.to(tl.int64) * 0x1E3779B97F4A7C15) | 1)
     tl.store(sums + layer * blocks + block, tl.sum(total, axis=0))
+
+
+class Launch:
+    """A kernel that is compiled once for all arguments of one `Stage`.
+
+    Triton looks at the arguments anew at each launch, to choose among what it
+    has compiled; that takes longer than the kernel runs.  It has to if blocks
+    are no multiple of 16 bytes, as layers then differ in how they are aligned.
+    """
+
+    def __init__(self, kernel: Any, words: int) -> None:
+        self._kernel, self._alike = kernel, words % 2 == 0
+        self._compiled: Any = None
+
+    def __call__(self, blocks: int, layers: int, *arguments: Any) -> None:
+        """Run a program for each of some blocks in each of some layers."""
+        grid = blocks, layers, 1
+        if self._compiled is None or not self._alike:
+            self._compiled = self._kernel[grid](*arguments)
+        else:
+            self._compiled[grid](*arguments)
 
 
 class Stage:
@@ -91,13 +118,15 @@ class Stage:
             stride_words: From one block to the next in a cache, in 64-bit words.
             slots: Int64, contiguous, (layers, slots, block_words).
         """
-        layers, count, _ = slots.shape
+        layers, count, words = slots.shape
         self._bases, self._stride_words, self._slots = bases, stride_words, slots
         self._stream = torch.cuda.Stream(slots.device)
         pinned: Any = {"dtype": torch.int64, "pin_memory": True}
         self._gathered = torch.zeros((layers, count), **pinned)
         self._index = torch.empty(count, **pinned)
         self._arrived = torch.empty(layers * count, **pinned)
+        self._moves = {way: Launch(_move, words) for way in (True, False)}
+        self._check = Launch(_sum, words)
 
     def move(self, index: Any, first_slot: int, layers: slice, *, gather: bool) -> None:
         """Move blocks between the caches of some layers and a run of slots.
@@ -108,19 +137,20 @@ class Stage:
             layers: Which.
             gather: Out of the caches; otherwise into them.
         """
-        slots = self._slots[layers]
-        _move[(len(index), len(slots))](
-            self._bases[layers],
-            index,
-            slots,
-            self._gathered[layers],
+        bases, slots, sums = self._bases, self._slots, self._gathered
+        if layers != slice(None):
+            bases, slots, sums = bases[layers], slots[layers], sums[layers]
+        self._moves[gather](
+            len(index),
+            len(slots),
+            *(bases, index, slots, sums),
             slots.shape[2],
             self._stride_words,
             slots.stride(0),
             slots.shape[1],
             first_slot,
-            gather=gather,
-            size=_WORDS,
+            gather,
+            _WORDS,
         )
 
     def gathered(self, first: int, last: int, slots: Blocks) -> Words:
@@ -142,14 +172,14 @@ class Stage:
         count, layers = len(slots), self._slots[first:last]
         self._index[:count].numpy()[:] = slots
         with torch.cuda.device(layers.device), torch.cuda.stream(self._stream):
-            _sum[(count, last - first)](
-                layers,
-                self._index,
-                self._arrived,
+            self._check(
+                count,
+                last - first,
+                *(layers, self._index, self._arrived),
                 count,
                 layers.shape[2],
                 layers.stride(0),
-                size=_WORDS,
+                _WORDS,
             )
             self._stream.synchronize()
         found = self._arrived[: count * (last - first)].numpy()

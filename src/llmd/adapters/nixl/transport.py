@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 # checksum and copy are.
 _SETTINGS = {
     "DRAM": Settings(),
-    "VRAM": Settings(piece_bytes=1 << 27, writes_in_flight=8),
+    "VRAM": Settings(piece_bytes=1 << 28, writes_in_flight=8),
 }
 _SPIN_S = 2e-3
 _BUSY_NAP_S = 5e-5
