@@ -37,9 +37,8 @@ from .slab import Slab
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# On a GPU the largest that still overlaps checks and writes was fastest, see
-# docs/explanation/kv-on-a-gpu.md; on a CPU pieces that stay in the cache between
-# checksum and copy are.
+# On a GPU the largest were fastest, see docs/explanation/kv-on-a-gpu.md; on a CPU
+# those that stay in the cache between checksum and copy are.
 _SETTINGS = {
     "DRAM": Settings(),
     "VRAM": Settings(piece_bytes=1 << 28, writes_in_flight=8),
