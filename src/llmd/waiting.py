@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterator
-from heapq import heapify, heappop, heappush
 from typing import Any, TypeAlias
 
 import attrs
 
+from .alarms import Alarms
 from .balancer.interface import Place, QueueBalancer
 from .errors import LlmdError, PolicyError, policy_error, shown
 from .lane import Entry, Lane, Rank
@@ -23,7 +23,6 @@ from .view import View
 
 LaneName: TypeAlias = tuple[Hashable, Hashable]
 Casualty: TypeAlias = tuple[Request, LlmdError]
-_Alarm: TypeAlias = tuple[float, int, RequestId]
 _NEVER = math.inf
 
 
@@ -52,12 +51,15 @@ class WaitingRequests:
     )
     _entries: dict[RequestId, Entry] = attrs.field(factory=dict, init=False)
     _touched: dict[Hashable, None] = attrs.field(factory=dict, init=False)
-    _alarms: list[_Alarm] = attrs.field(factory=list, init=False)
+    _alarms: Alarms = attrs.field(init=False)
     _alone: tuple[Entry, Rank] | None = attrs.field(default=None, init=False)
     _models: Counter[str] = attrs.field(factory=Counter, init=False)
     _tokens: Counter[str] = attrs.field(factory=Counter, init=False)
     _last: int = attrs.field(default=0, init=False)
     _prompt_tokens: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._alarms = Alarms(self._entries)
 
     def push(
         self,
@@ -114,7 +116,7 @@ class WaitingRequests:
             Requests the balancer failed on, taken out, and how it failed.
         """
         casualties: list[Casualty] = []
-        for id in self._due(view):
+        for id in self._alarms.due(view.now):
             casualties += self._refile(id, view)
         # Asked after those, as who is overdue from now on may be next.
         for id in self._moved(view):
@@ -215,7 +217,7 @@ class WaitingRequests:
     @property
     def next_alarm(self) -> float:
         """When somebody's place is to be asked for again; infinity for never."""
-        return self._alarms[0][0] if self._alarms else _NEVER
+        return self._alarms.next_at
 
     def tokens_before(self, request: Request, view: View) -> int:
         """Sum of the prompts that would be sent before *request*, at most."""
@@ -335,7 +337,7 @@ class WaitingRequests:
         self._lanes[entry.lane] = lane
         self._lanes_of.setdefault(entry.flow, {})[entry.lane] = None
         if entry.until < _NEVER:
-            self._set_alarm(entry)
+            self._alarms.set(entry)
 
     def _unfile(self, entry: Entry) -> None:
         lane = self._lanes[entry.lane]
@@ -348,20 +350,6 @@ class WaitingRequests:
                 self._touched.pop(entry.flow, None)
         if not lane:
             del self._lanes[entry.lane]
-
-    def _set_alarm(self, entry: Entry) -> None:
-        """Have its place asked for again; most leave before, and theirs stays."""
-        alarms = self._alarms
-        if len(alarms) > 2 * len(self._entries) + 64:
-            alarms[:] = [alarm for alarm in alarms if self._rings(alarm)]
-            heapify(alarms)
-        heappush(alarms, (entry.until, entry.number, entry.request.id))
-
-    def _rings(self, alarm: _Alarm) -> bool:
-        """Say whether an alarm is that of a request as it waits now."""
-        until, number, id = alarm
-        entry = self._entries.get(id)
-        return entry is not None and (entry.until, entry.number) == (until, number)
 
     def _drop(self, entry: Entry, view: View) -> None:
         request = entry.request
@@ -379,15 +367,6 @@ class WaitingRequests:
             del self._models[request.model], self._tokens[request.model]
         self.tell(self.balancer.unqueued, request, view)
         self.touch(entry.flow)
-
-    def _due(self, view: View) -> list[RequestId]:
-        """Return whose place is to be asked for again by now."""
-        due, alarms = [], self._alarms
-        while alarms and alarms[0][0] <= view.now:
-            alarm = heappop(alarms)
-            if self._rings(alarm):
-                due.append(alarm[2])
-        return due
 
     def _moved(self, view: View) -> list[RequestId]:
         """Return who the balancer says has moved."""

@@ -197,6 +197,7 @@ def test_ten_thousand_random_cancels_leak_nothing(shop):
         waiting._lanes_of,
         waiting._alarms,
         waiting._models,
+        waiting._tokens,
         waiting._touched,
     ):
         assert not len(table)
