@@ -271,3 +271,32 @@ def test_metrics_are_those_of_the_last_step():
     model.finish(second)
     assert model.signals(second).running_requests == 2.0
     assert model.signals(second).kv_usage > 0.1
+
+
+def test_who_is_taken_in_two_steps_later_is_never_seen_to_wait():
+    # As the next step is scheduled ahead, and metrics are set after the one after.
+    model = ModelWorker(Worker(id="w"), MACHINE, EngineSettings())
+    end = model.submit(sequence("a", 100, output=50), 0.0)
+    model.finish(end)
+    seen, joined, came = [], False, end + 0.001
+    end = model.plan(end)
+    end = model.submit(sequence("b", 100, output=50), came) or end
+    while not joined:
+        model.finish(end)
+        signals = model.signals(end)
+        seen.append(signals.waiting_requests)
+        joined = signals.running_requests == 2.0
+        end = model.plan(end)
+    assert seen == [0.0] * len(seen)
+    assert len(seen) >= 2
+
+
+def test_who_finds_no_room_is_seen_to_wait():
+    model = ModelWorker(Worker(id="w", max_running=1), MACHINE, EngineSettings())
+    end = model.submit(sequence("a", 100, output=50), 0.0)
+    model.submit(sequence("b", 100), 0.5 * end)
+    for _ in range(2):
+        model.finish(end)
+        end = model.plan(end)
+    # Its third step has begun, and b could not join the second.
+    assert model.signals(end).waiting_requests == 1.0

@@ -84,8 +84,10 @@ class ModelWorker:
     _prompt_tokens: int = attrs.field(default=0, init=False)
     _loading: int = attrs.field(default=0, init=False)
     _aborted: bool = attrs.field(default=False, init=False)
-    # When those came that came during the run, and what its metrics said before it.
+    # When those came whom its metrics may not know yet, when the last step of the
+    # run before began, and what its metrics said when that ended.
     _came: list[float] = attrs.field(factory=list, init=False)
+    _last_step_at: float = attrs.field(default=-math.inf, init=False)
     _signals: Signals = attrs.field(
         default=Signals(waiting_requests=0.0, running_requests=0.0, kv_usage=0.0),
         init=False,
@@ -118,14 +120,24 @@ class ModelWorker:
         step = 1 if run is None else run.steps_by(now)
         if run is None or step == 1:
             return self._signals
-        return self._measured(run.after(step - 1))
+        return self._measured(self._unseen_since(run, step - 1))
 
-    def _measured(self, at: float) -> Signals:
-        """Return what its metrics were set to when a step ended, at *at*."""
+    def _unseen_since(self, run: Run, steps: int) -> float:
+        """Return since when newcomers were not seen by the end of some *steps*.
+
+        Who came during a step is taken in when it has ended; and where the next is
+        scheduled ahead, the one after it before the metrics of that are set.
+        """
+        before = steps - 1 - self.settings.steps_ahead
+        return run.after(before) if before >= 0 else self._last_step_at
+
+    def _measured(self, since: float) -> Signals:
+        """Return what its metrics say, those who came after *since* not counted."""
         running = len(self._decoding) + len(self._completing)
         came = self._came
+        unseen = len(came) - bisect_left(came, since)
         return Signals(
-            waiting_requests=float(self._queued - len(came) + bisect_left(came, at)),
+            waiting_requests=float(max(self._queued - unseen, 0)),
             running_requests=float(running + (self._partial is not None)),
             kv_usage=self.kv.cache.used_blocks / self.kv.cache.capacity_blocks,
         )
@@ -231,9 +243,10 @@ class ModelWorker:
         for sequence in completing:
             self._prefilled(sequence, now)
         self.kv.publish_evicted(now)
-        # Who came during the last step is not counted yet.
-        self._signals = self._measured(run.after(run.steps - 1))
-        self._came.clear()
+        since = self._unseen_since(run, run.steps)
+        self._signals = self._measured(since)
+        self._last_step_at = run.after(run.steps - 1)
+        del self._came[: bisect_left(self._came, since)]
 
     def _push(self, sequence: Sequence) -> None:
         rank = sequence.request.priority if self.settings.by_priority else 0
