@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -35,7 +34,12 @@ def dispatch(core: Core, lane: LaneName | None = None) -> list[c.Command]:
     go on, so that no worker idles while a request it could take waits.
     """
     commands = _refresh(core)
-    sent = _pass(core, None if lane is None else [lane])
+    sent: list[c.Command] = []
+    if lane is not None:
+        sent = _pass(core, [lane])
+    # Whoever presses may have room by that alone, in whatever lane.
+    if lane is None or core.balancer.pressing:
+        sent += _pass(core, None)
     commands += sent
     for _ in range(_MOST_PASSES):
         # What made place may find another.
@@ -92,7 +96,9 @@ def has_to_wait(core: Core, request: Request) -> bool:
     It would be if nothing waits that could go before it, and a worker that can
     serve it has room, or has once less urgent work has made place.
     """
-    if core.balancer.pressing or core.waiting.tokens_before(request, core.view) > 0:
+    if core.waiting.presses(request, core.view):
+        return True
+    if core.waiting.tokens_before(request, core.view) > 0:
         return True
 
     def open() -> bool | None:
@@ -229,8 +235,8 @@ def _making_place(
 ) -> tuple[T | None, list[Booking]]:
     """Take what yields to *request* out of the books until *find* finds something.
 
-    The newest booking of each worker goes first, which lost the least, then the
-    two before it, and so on.
+    Of each worker the least urgent goes first, of equals the newest, which lost
+    the least; then two more, and so on.
 
     Returns:
         What was found, and the bookings that are out, newest first.
@@ -264,19 +270,21 @@ def _has_room(core: Core, entry: Entry, chosen: set[WorkerId]) -> bool:
 
 
 def _yielding(core: Core, request: Request, many: int) -> list[Booking]:
-    """Return what makes place for *request*: the newest *many* of each worker."""
+    """Return what makes place for *request*: of each worker the least urgent."""
     balancer, view = core.balancer, core.view
     victims: dict[RequestId, Booking] = {}
     try:
         if not balancer.preempts(request, view):
             return []
         for worker in _able(core, request).workers.ids:
-            yielding = (
+            yielding = [
                 booking
                 for booking in core.books.sheddable(worker)
                 if balancer.yields(booking, request, view)
-            )
-            for booking in islice(yielding, many):
+            ]
+            # The least urgent first; of equals the newest, as they come.
+            yielding.sort(key=lambda booking: -booking.request.priority)
+            for booking in yielding[:many]:
                 victims[booking.request.id] = booking
     except Exception as error:
         raise policy_error(balancer, error) from error

@@ -73,7 +73,9 @@ class Workers:
     _derived: dict[Hashable, NDArray[Any]] = attrs.field(
         factory=dict, init=False, repr=False
     )
-    _served: dict[str, bool] = attrs.field(factory=dict, init=False, repr=False)
+    _served: dict[tuple[str, str], bool] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
     _beside: dict[str, frozenset[str] | None] = attrs.field(
         factory=dict, init=False, repr=False
     )
@@ -121,15 +123,15 @@ class Workers:
         """Say which workers are in one of *states*, shape (W,)."""
         return self.derived(states, _within)
 
-    def serve(self, model: str) -> bool:
-        """Say whether a worker is ready for requests for *model*."""
-        served = self._served
-        if model not in served:
+    def serve(self, model: str, lora: str = "") -> bool:
+        """Say whether a worker is ready for requests for *model* with *lora*."""
+        served, key = self._served, (model, lora)
+        if key not in served:
             if len(served) >= _DERIVED_KEPT:
                 served.clear()
             ready = zip(self.facts, self.states, strict=True)
-            served[model] = any(s in _READY and w.serves(model) for w, s in ready)
-        return served[model]
+            served[key] = any(s in _READY and w.serves(model, lora) for w, s in ready)
+        return served[key]
 
     def models_beside(self, model: str) -> frozenset[str] | None:
         """Return *model* and those that compete with it for some worker.
@@ -177,9 +179,9 @@ class _Part(Workers):
         part: NDArray[Any] = whole.derived(key, make)[self._picked]
         return part
 
-    def serve(self, model: str) -> bool:
+    def serve(self, model: str, lora: str = "") -> bool:
         whole: Workers = self._whole
-        return whole.serve(model)
+        return whole.serve(model, lora)
 
     def models_beside(self, model: str) -> frozenset[str] | None:
         whole: Workers = self._whole

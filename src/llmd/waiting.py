@@ -224,6 +224,15 @@ class WaitingRequests:
         beside = self.tokens_of(view.workers.models_beside(request.model))
         return min(self.balancer.tokens_before(request, view), beside)
 
+    def presses(self, request: Request, view: View) -> bool:
+        """Say whether anybody presses who competes with *request* for a worker."""
+        models = view.workers.models_beside(request.model)
+        entries = [self._entries.get(id) for id in self.balancer.pressing]
+        return any(
+            entry is not None and (models is None or entry.request.model in models)
+            for entry in entries
+        )
+
     def tokens_ahead(self, request: Request, view: View) -> int:
         """Sum of the prompts expected to be sent before *request*."""
         expected = self.balancer.tokens_ahead(request, view)

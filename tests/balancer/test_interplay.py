@@ -399,3 +399,147 @@ def test_whole_parts_are_whole_whatever_floats_make_of_them():
     for number in range(100):
         fleet.arrive(f"r{number}")
     assert len(fleet.where) == 55
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_younger_overdue_requests_do_not_starve_an_older_one(workers):
+    cap = b.LongPrefillCap(long_tokens=2000, of=lambda request: request.priority > 0)
+    bands = b.Bands([b.Band(), b.Band(max_wait=1.0)], every=8)
+    flow = b.FlowControl(bands, rooms=[b.FixedRoom(prefill_tokens=2048), cap])
+    names = [f"w{number}" for number in range(workers)]
+    fleet = Cluster(flow, *[worker(name, max_running=64) for name in names])
+    fleet.arrive("first", 900)
+    fleet.arrive("second", 900)
+    fleet.arrive("long", 6000, priority=1)
+    began, count = {}, 0
+    for _ in range(120):
+        for kind, priority in (("chat", 0), ("short", 1)):
+            while sum(id.startswith(kind) for id in fleet.waiting) < 5:
+                count += 1
+                fleet.arrive(f"{kind}{count}", 900, priority=priority)
+        fleet.tick(0.05)
+        for id in [*fleet.where]:
+            if fleet.now - began.setdefault(id, fleet.now) >= 0.1:
+                fleet.end(id)
+    # After a second, one turn of eight and the drain of its worker.
+    assert "long" in fleet.sent[: 40 * workers + 20]
+
+
+def test_an_older_request_keeps_its_claim_while_its_worker_is_busy():
+    bands = b.Bands([b.Band(), b.Band(max_wait=1.0)], every=4)
+    fleet = Cluster(bands, worker("w0", models={"A"}), worker("w1", models={"A", "B"}))
+    fleet.arrive("run0", model="A")
+    fleet.arrive("run1", model="A")
+    fleet.arrive("of B", model="B", priority=1)
+    fleet.tick(0.1)
+    count = 0
+    for step in range(60):
+        for kind, priority in (("chat", 0), ("late", 1)):
+            while sum(id.startswith(kind) for id in fleet.waiting) < 5:
+                count += 1
+                fleet.arrive(f"{kind}{count}", model="A", priority=priority)
+        fleet.tick(0.05)
+        # The two workers end in turn, w1 out of step with the turns of the overdue.
+        on = ("w0", "w1")[step % 2]
+        for id in [id for id, where in fleet.where.items() if where == on]:
+            fleet.end(id)
+    assert "of B" in fleet.sent
+    assert fleet.sent.index("of B") < 40
+
+
+def test_a_worker_is_not_closed_to_those_who_are_not_in_the_way():
+    cap = b.LongPrefillCap(
+        long_tokens=2000, spare=0.5, of=lambda request: request.priority > 0
+    )
+    bands = b.Bands([b.Band(), b.Band(max_wait=1.0)], every=4)
+    flow = b.FlowControl(bands, rooms=[cap])
+    fleet = Cluster(flow, *[worker(f"w{n}", max_running=8) for n in range(2)])
+    fleet.arrive("long1", 6000, priority=1)
+    fleet.arrive("long2", 6000, priority=1)
+    for number in range(6):
+        fleet.arrive(f"chat{number}")
+    fleet.tick(2.0)
+    for number in range(6, 14):
+        fleet.arrive(f"chat{number}")
+    # One long prompt at a time there, whatever chat does: its places are free.
+    assert fleet.cluster.view.workers.running_requests.sum() == 15
+    fleet.end("long1")
+    assert "long2" in fleet.where
+
+
+def test_tenants_of_one_adapter_are_level_with_each_other_only():
+    one, many = {"loras": {"x"}}, {"loras": {"y"}, "max_running": 8}
+    fleet = Cluster(b.Vtc(output_weight=0.0), worker("x", **one), worker("y", **many))
+    for number in range(400):
+        fleet.arrive(f"b{number}", 100, lora="y", tenant="b")
+        if number % 8 == 0:
+            fleet.arrive(f"a{number}", 100, lora="x", tenant="a")
+            for id in [*fleet.where]:
+                fleet.end(id)
+    for number in range(10):
+        fleet.arrive(f"a+{number}", 100, lora="x", tenant="a")
+    for number in range(10):
+        fleet.arrive(f"c{number}", 100, lora="x", tenant="c")
+    fleet.sent.clear()
+    for _ in range(10):
+        fleet.end(next(id for id, where in fleet.where.items() if where == "x"))
+    assert 4 <= sum(id.startswith("c") for id in fleet.sent) <= 6
+
+
+def test_a_limit_recovers_under_a_ceiling(shop):
+    aimd = b.AimdRoom(itl_s=0.05, start=10, samples=4, window_s=0.5)
+    bands = b.Bands([b.Band(name="batch", ceiling=0.8)])
+    sim = shop(b.FlowControl(bands, rooms=[aimd]), places=400)
+
+    def run(itl_s, seconds):
+        began = {}
+        for _ in range(round(seconds / itl_s)):
+            while len(sim.waiting) < 5:
+                sim.arrive()
+            sim.now += itl_s
+            for id in [*sim.where]:
+                sim.token(id)
+                if sim.now - began.setdefault(id, sim.now) > 2.0:
+                    sim.end(id)
+        return aimd.limit("w0")
+
+    slow = run(0.1, 10.0)
+    assert slow < 5
+    # One more in each window, though 0.8 of the limit is all that is ever filled.
+    assert run(0.02, 10.0) >= slow + 10
+
+
+def test_a_prompt_that_waits_for_who_holds_it_holds_no_short_one_up():
+    cap = b.LongPrefillCap(long_tokens=1000)
+    flow = b.FlowControl(rooms=[cap])
+    fleet = Cluster(flow, worker("a", max_running=4), worker("b", max_running=1))
+    turn = llmd.Request(id="turn1", prompt=range(2000))
+    fleet.feed(e.BlocksStored(0.0, "b", turn.hashes(16), 16))
+    fleet.feed(e.RequestArrived(0.0, turn))
+    fleet.arrive("other long", 2000)
+    assert fleet.where == {"turn1": "b", "other long": "a"}
+    again = llmd.Request(id="turn2", prompt=[*range(2000), 7])
+    fleet.feed(e.RequestArrived(0.0, again))
+    fleet.arrive("short", 10)
+    assert fleet.waiting == ["turn2"]
+    assert fleet.where["short"] == "a"
+
+
+def test_the_least_urgent_makes_place_first():
+    bands = b.Bands([b.Band() for _ in range(3)])
+    fleet = Cluster(bands, worker("w", max_running=2))
+    fleet.arrive("batch", priority=2, sheddable=True)
+    fleet.arrive("standard", priority=1, sheddable=True)
+    fleet.arrive("chat")
+    assert fleet.shed == ["batch"]
+    assert {*fleet.where} == {"standard", "chat"}
+
+
+def test_who_is_chosen_by_a_dispatch_of_another_lane_goes_at_once():
+    bands = b.Bands([b.Band(), b.Band(ceiling=0.5, max_wait=1.0)], every=2)
+    fleet = Cluster(bands, worker("w", models={"A", "B"}, max_running=4))
+    for number in range(3):
+        fleet.arrive(f"batch{number}", model="B", priority=1)
+    fleet.tick(1.5)
+    fleet.arrive("chat", model="A")
+    assert fleet.waiting == []

@@ -67,6 +67,7 @@ class _Group:
     since: int = 0
     lanes: dict[Hashable, Overdue] = attrs.field(factory=dict)
     chosen: dict[RequestId, None] = attrs.field(factory=dict)
+    claims: dict[RequestId, None] = attrs.field(factory=dict)
 
 
 @attrs.define(eq=False)
@@ -76,7 +77,8 @@ class Ageing:
     Dispatches are counted for each model, and count for those that compete with it
     for a worker.  When it is the turn of the overdue, it is that of the longest
     overdue in each lane, and the first of them to go ends it: one that cannot go
-    takes nobody's turn.  Models are forgotten when nobody waits for them.
+    takes nobody's turn.  Whoever is overdue as long as the one that went, or longer,
+    keeps its claim until it goes.  Models are forgotten when nobody waits for them.
 
     Attributes:
         every: Dispatches of which one goes to an overdue request.
@@ -95,6 +97,7 @@ class Ageing:
     _groups: dict[str, _Group] = attrs.field(factory=dict, init=False)
     _times: dict[RequestId, int] = attrs.field(factory=dict, init=False)
     _lane_of: dict[RequestId, Hashable] = attrs.field(factory=dict, init=False)
+    _due: dict[RequestId, float] = attrs.field(factory=dict, init=False)
     _chosen: dict[RequestId, None] = attrs.field(factory=dict, init=False)
     _changed: dict[str, None] = attrs.field(factory=dict, init=False)
 
@@ -132,6 +135,7 @@ class Ageing:
         if id in self._lane_of:
             self._drop(group, id)
             group.chosen.pop(id, None)
+            group.claims.pop(id, None)
             self._chosen.pop(id, None)
             self._changed[model] = None
         if not group.waiting:
@@ -146,7 +150,7 @@ class Ageing:
         group = self._groups[request.model]
         if self._lane_of.get(id, lane) != lane:
             self._drop(group, id)
-        self._lane_of[id] = lane
+        self._lane_of[id], self._due[id] = lane, due
         group.lanes.setdefault(lane, Overdue()).add(id, due)
         self._changed[request.model] = None
         return True
@@ -165,6 +169,12 @@ class Ageing:
         for name in names:
             group = groups[name]
             group.since = 0 if turn else group.since + 1
+            if turn:
+                due, dues = self._due[request.id], self._due
+                older = [
+                    id for id in group.chosen if dues[id] <= due and id != request.id
+                ]
+                group.claims |= dict.fromkeys(older)
             if group.lanes:
                 self._changed[name] = None
 
@@ -175,10 +185,10 @@ class Ageing:
             return moved
         for name in self._changed:
             group = self._groups[name]
-            chosen: dict[RequestId, None] = {}
+            chosen = dict(group.claims)
             if group.since + 1 >= self.every:
                 longest = [overdue.longest() for overdue in group.lanes.values()]
-                chosen = {id: None for id in longest if id is not None}
+                chosen |= {id: None for id in longest if id is not None}
             if chosen != group.chosen:
                 both = (*group.chosen, *chosen)
                 moved += [id for id in both if (id in chosen) != (id in group.chosen)]
@@ -191,6 +201,7 @@ class Ageing:
 
     def _drop(self, group: _Group, id: RequestId) -> None:
         lane = self._lane_of.pop(id, None)
+        self._due.pop(id, None)
         overdue = group.lanes.get(lane)
         if overdue is not None:
             overdue.drop(id)

@@ -28,10 +28,12 @@ class Kept:
 
     Attributes:
         worker: Which; "" for none.
+        closed: Others fill it: it takes none of them until this has changed.
         refused: Those that did not take it when they were idle.
     """
 
     worker: WorkerId = ""
+    closed: bool = False
     refused: set[WorkerId] = attrs.field(factory=set)
 
 
@@ -104,9 +106,11 @@ class FlowControl(Over):
         if not self.rooms:
             return self.order.room(request, view)
         share = self.order.share(request, view)
-        open = _opened(self.rooms[0], request, share, view)
-        for each in self.rooms[1:]:
-            open = open & _opened(each, request, share, view)
+        open = shared = np.ones(len(view.workers), dtype=np.bool_)
+        for each in self.rooms:
+            mask = _opened(each, request, share, view)
+            open = open & mask
+            shared = shared if each.own_lane else shared & mask
         pressing = self.order.pressing
         if not pressing:
             self._kept.clear()
@@ -116,20 +120,21 @@ class FlowControl(Over):
             return room_among(self.order, request, view, open)
         room = room_among(self.order, request, view, open)
         if not room.any():
-            self._keep(pressing, request, room, view)
+            for gone in [id for id in self._kept if id not in pressing]:
+                del self._kept[gone]
+            kept = self._keep(request, room, view)
+            shared = room_among(self.order, request, view, shared)
+            ids = view.workers.ids
+            kept.closed = kept.worker in ids and not shared[ids.index(kept.worker)]
         return room
 
-    def _keep(
-        self, pressing: Collection[RequestId], request: Request, room: Mask, view: View
-    ) -> None:
+    def _keep(self, request: Request, room: Mask, view: View) -> Kept:
         """Keep a worker for one that presses and finds no room.
 
         Requests of other lanes could keep every worker too full for it for ever,
         so the one that could take it and has least to compute takes nothing else
-        meanwhile.  One that is idle and still closed to it will never do.
+        while they do.  One that is idle and still closed to it will never take it.
         """
-        for gone in [id for id in self._kept if id not in pressing]:
-            del self._kept[gone]
         kept = self._kept.setdefault(request.id, Kept())
         could = np.ones(len(room), dtype=np.bool_)
         for each in self.rooms:
@@ -140,15 +145,17 @@ class FlowControl(Over):
             kept.refused.add(kept.worker)
         could &= np.array([id not in kept.refused for id in ids], dtype=np.bool_)
         if kept.worker in ids and could[ids.index(kept.worker)]:
-            return
+            return kept
         least = np.where(could, workers.prefill_tokens, np.inf)
         kept.worker = ids[int(np.argmin(least))] if could.any() else ""
+        return kept
 
     def _keep_out(
         self, pressing: Collection[RequestId], open: Mask, view: View
     ) -> None:
         """Close, in *open*, what is kept for one that presses."""
-        kept = {self._kept[id].worker for id in pressing if id in self._kept}
+        keeps = [self._kept[id] for id in pressing if id in self._kept]
+        kept = {each.worker for each in keeps if each.closed}
         for row, worker in enumerate(view.workers.ids):
             if worker in kept:
                 open[row] = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -27,43 +27,54 @@ from .ledger import Ledger
 from .orders import Fcfs
 from .over import Over
 
-_LEVELS = 4096
-"""Models whose level is remembered."""
+_LEVELS = 1024
+"""Models, and groups of each, whose level is remembered."""
 
 _tenant: Callable[[Request], Hashable] = attrgetter("tenant")
 
 
 @attrs.define(eq=False)
 class Backlogs:
-    """What waits of each tenant: for which models, and how many prompt tokens."""
+    """What waits of each tenant: for which models and adapters, and how many tokens."""
 
-    _tenants: dict[Hashable, dict[str, list[int]]] = attrs.field(factory=dict)
+    _tenants: dict[Hashable, dict[tuple[str, str], list[int]]] = attrs.field(
+        factory=dict
+    )
 
-    def __len__(self) -> int:
-        return len(self._tenants)
-
-    def models(self, tenant: Hashable) -> Iterable[str]:
-        """Return the models that a tenant waits for."""
+    def of(self, tenant: Hashable) -> Iterable[tuple[str, str]]:
+        """Return the models and adapters that a tenant waits for."""
         return self._tenants.get(tenant, {}).keys()
 
-    def tokens(self, tenant: Hashable) -> int:
-        """Return the prompt tokens that wait of a tenant."""
-        return sum(tokens for _, tokens in self._tenants.get(tenant, {}).values())
+    def tokens(self, tenant: Hashable, models: Collection[str] | None) -> int:
+        """Sum of a tenant's waiting prompts for any of *models*; None for all."""
+        waiting = self._tenants.get(tenant, {}).items()
+        return sum(
+            tokens
+            for (model, _), (_, tokens) in waiting
+            if models is None or model in models
+        )
+
+    def tenants(self, models: Collection[str] | None) -> int:
+        """Count the tenants that wait for any of *models*; None for any at all."""
+        if models is None:
+            return len(self._tenants)
+        waiting = self._tenants.values()
+        return sum(any(model in models for model, _ in each) for each in waiting)
 
     def count(self, tenant: Hashable, request: Request, by: int) -> None:
         """Count a request that begins (1) or ceases (-1) to wait."""
-        tokens, model = by * request.prompt_tokens, request.model
-        models = self._tenants.get(tenant)
-        counts = None if models is None else models.get(model)
-        if models is None:
-            self._tenants[tenant] = {model: [by, tokens]}
+        tokens, kind = by * request.prompt_tokens, (request.model, request.lora)
+        kinds = self._tenants.get(tenant)
+        counts = None if kinds is None else kinds.get(kind)
+        if kinds is None:
+            self._tenants[tenant] = {kind: [by, tokens]}
         elif counts is None:
-            models[model] = [by, tokens]
+            kinds[kind] = [by, tokens]
         elif counts[0] + by > 0:
             counts[0] += by
             counts[1] += tokens
-        elif len(models) > 1:
-            del models[model]
+        elif len(kinds) > 1:
+            del kinds[kind]
         else:
             del self._tenants[tenant]
 
@@ -96,7 +107,9 @@ class Fair(Over, abc.ABC):
         default=_tenant, validator=a_callable, repr=False
     )
     ledger: Ledger = attrs.field(factory=Ledger, init=False, repr=False)
-    _level: dict[str, float] = attrs.field(factory=dict, init=False, repr=False)
+    _level: dict[str, dict[Hashable, float]] = attrs.field(
+        factory=dict, init=False, repr=False
+    )
     _backlog: Backlogs = attrs.field(factory=Backlogs, init=False, repr=False)
 
     def flow(self, request: Request) -> Hashable:
@@ -117,15 +130,23 @@ class Fair(Over, abc.ABC):
 
     def queued(self, request: Request, view: View) -> None:
         self.order.queued(request, view)
-        tenant, model = self.tenant(request), request.model
+        tenant = self.tenant(request)
         # Who waits for workers that are not there must not hold the level down.
-        level = self._level.get(model, 0.0)
+        level = self._level_of(request, view)
         if not self.ledger.open(tenant, level):
             # Nor save anything up meanwhile.
-            models = self._backlog.models(tenant)
-            if not any(view.workers.serve(each) for each in models):
+            kinds = self._backlog.of(tenant)
+            if not any(view.workers.serve(model, lora) for model, lora in kinds):
                 self.ledger.lift(tenant, level)
         self._backlog.count(tenant, request, 1)
+
+    def _level_of(self, request: Request, view: View) -> float:
+        """Return what the last to be served of the same workers had had."""
+        levels = self._level.get(request.model)
+        if not levels:
+            return 0.0
+        group = view.waiting.group_of(request)
+        return levels[group] if group in levels else min(levels.values())
 
     def unqueued(self, request: Request, view: View) -> None:
         tenant = self.tenant(request)
@@ -134,10 +155,18 @@ class Fair(Over, abc.ABC):
         self.order.unqueued(request, view)
 
     def tokens_ahead(self, request: Request, view: View) -> int:
-        # Its tenant's own go first, and meanwhile as much of each other's.
-        own = self._backlog.tokens(self.tenant(request)) + request.prompt_tokens
-        others = max(len(self._backlog) - 1, 0)
-        ahead = own * (others + 1) - request.prompt_tokens
+        # Its tenant's own go first, and meanwhile as much of each other's; before
+        # the first of its own, what others had less than it.
+        tenant = self.tenant(request)
+        models = view.workers.models_beside(request.model)
+        own, others = (
+            self._backlog.tokens(tenant, models),
+            self._backlog.tenants(models),
+        )
+        if own:
+            ahead = own * others + request.prompt_tokens * (others - 1)
+        else:
+            ahead = int(max(self.ledger[tenant] - self.ledger.floor, 0.0) * others)
         return min(self.order.tokens_ahead(request, view), ahead)
 
     @abc.abstractmethod
@@ -157,7 +186,11 @@ class Fair(Over, abc.ABC):
         request = booking.request
         if len(self._level) >= _LEVELS:
             self._level.clear()
-        self._level[request.model] = self.ledger[self.tenant(request)]
+        levels = self._level.setdefault(request.model, {})
+        if len(levels) >= _LEVELS:
+            levels.clear()
+        group = view.waiting.group_of(request)
+        levels[group] = self.ledger[self.tenant(request)]
         if not booking.again:  # what was shed or lost is paid for once
             self.charge(request, self.prompt_cost(booking), view)
 

@@ -6,7 +6,7 @@ import abc
 import math
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import numpy as np
@@ -46,6 +46,10 @@ class Room(Listener, abc.ABC):
     ...     def open(self, request, share, view):
     ...         return view.workers.running_requests < 1
     """
+
+    own_lane: ClassVar[bool] = False
+    """It counts no requests but those of the lane that it gives them: others
+    passing who waits there do not make it wait longer."""
 
     @abc.abstractmethod
     def open(self, request: Request, share: float, view: View) -> Mask:
@@ -117,6 +121,7 @@ class _Pace:
     itl_s: deque[float]
     ttft_s: deque[float]
     busiest: int = 0
+    wanted: bool = False
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -173,8 +178,13 @@ class AimdRoom(Room):
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         self._grown = False
-        limits = np.array([self.limit(id) for id in view.workers.ids], dtype=np.float64)
+        ids = view.workers.ids
+        limits = np.array([self.limit(id) for id in ids], dtype=np.float64)
         room: Mask = view.workers.running_requests < part_of(limits, share)
+        for row in np.flatnonzero(~room).tolist():
+            pace = self._paces.get(ids[row])
+            if pace is not None:
+                pace.wanted = True
         return room
 
     def dispatched(self, booking: Booking, view: View) -> None:
@@ -206,10 +216,10 @@ class AimdRoom(Room):
             return
         if any(np.percentile(list(s), 99) > target for s, target in enough):
             pace.limit = max(pace.limit * self.decrease, float(self.lowest))
-        elif pace.busiest >= int(pace.limit):
+        elif pace.wanted or pace.busiest >= int(pace.limit):
             pace.limit = min(pace.limit + self.increase, float(self.highest))
             self._grown = True
-        pace.since, pace.busiest = now, 0
+        pace.since, pace.busiest, pace.wanted = now, 0, False
         pace.itl_s.clear()
         pace.ttft_s.clear()
 
@@ -248,6 +258,8 @@ class LongPrefillCap(Room):
     1
     """
 
+    own_lane: ClassVar[bool] = True
+
     at_once: float = attrs.field(default=1, validator=COUNT_LIMIT)
     long_tokens: int = attrs.field(default=4096, validator=WAIT)
     spare: float = attrs.field(default=0.0, validator=a_number(most=1))
@@ -261,9 +273,11 @@ class LongPrefillCap(Room):
     def lane(self, request: Request, view: View) -> Hashable:
         if request.prompt_tokens < self.long_tokens or not self.of(request):
             return "short"
-        uncached = view.uncached_tokens(request)
-        is_long = not len(uncached) or bool((uncached >= self.long_tokens).all())
-        return "long" if is_long else "short"
+        uncached = view.uncached_tokens(request) >= self.long_tokens
+        if not len(uncached) or uncached.all():
+            return "long"
+        # It may wait for the workers that hold it: short ones must not wait with it.
+        return "held" if uncached.any() else "short"
 
     def open(self, request: Request, share: float, view: View) -> Mask:
         short = request.prompt_tokens < self.long_tokens or not self.of(request)

@@ -121,10 +121,10 @@ def make_cluster(policy: Policy) -> Cluster:
         return Cluster(router=copy.deepcopy(policy))
     if isinstance(policy, Cluster):
         return policy.fork()
-    made = policy()
+    made = policy() if callable(policy) else policy
     if not isinstance(made, Cluster):
         raise InvalidRequest(
-            f"{shown(policy)} makes {shown(made)}:"
-            " want a router, a cluster or what makes one"
+            f"{shown(policy)} makes {shown(made)}: want a router, a cluster or what"
+            " makes one; a balancer goes into Cluster(balancer=...)"
         )
     return made
