@@ -320,7 +320,7 @@ def whole_ladder() -> Workload:
     return Workload(name="73-capacity", jobs=jobs)
 
 
-def ladder(rates: list[int]) -> None:
+def ladder(rates: list[int], gauges_s: float) -> None:
     """Print llm-d's 73-capacity benchmark, measured and simulated."""
     traces_at = folder()
     if traces_at is None:
@@ -329,10 +329,9 @@ def ladder(rates: list[int]) -> None:
         rows = [row for row in csv.DictReader(file) if row["qps_offered"] != "all"]
     measured = {(int(float(r["qps_offered"])), r["policy"]): r for r in rows}
     load = whole_ladder()
-    print(
-        "| policy | offered/s | output tokens/s | simulated | TTFT mean, s | simulated"
-    )
-    print("| TTFT p90, s | simulated | ms a token | simulated |")
+    pairs = ("output tokens/s", "TTFT mean, s", "TTFT p90, s", "ms a token")
+    heads = ("policy", "offered/s", *(f"{pair} | simulated" for pair in pairs))
+    print(f"| {' | '.join(heads)} |\n|{'---|' * 10}")
     for policy, (router, index) in SCORERS.items():
         report = simulate(
             llmd.Cluster(router=router, index=index()),
@@ -340,7 +339,7 @@ def ladder(rates: list[int]) -> None:
             workers=fleet(8, block_tokens=64, kv_tokens=KV_TOKENS, max_running=1024),
             machine=tensor_parallel(),
             settings=EngineSettings(step_tokens=8192),
-            signals_s=SCRAPED_S,
+            signals_s=gauges_s,
         )
         stages = np.array([int(id.split("/")[0]) for id in report.ids])
         saturated = []
@@ -401,6 +400,7 @@ def main() -> None:
     )
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--rates", type=int, nargs="+", default=[*STAGES])
+    parser.add_argument("--gauges-s", type=float, default=SCRAPED_S)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.routing:
@@ -412,7 +412,7 @@ def main() -> None:
             options.step_tokens,
         )
     elif options.ladder:
-        ladder(options.rates)
+        ladder(options.rates, options.gauges_s)
     else:
         for name, figure in measure().items():
             print(f"{name:44} {figure:14.4g}")

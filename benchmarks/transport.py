@@ -231,6 +231,8 @@ def measure() -> dict[str, float]:
                 )
         small = pair.rounds(layout_of(1 << 16), 256, 1, 200)
         figures["transport.small.us"] = 1e6 * statistics.median(small)
+        trusted = pair.rounds(layout_of(1 << 16), 256, 1, 200, checksums=False)
+        figures["transport.small.unchecked.us"] = 1e6 * statistics.median(trusted)
         figures["transport.small.raw.us"] = 1e6 * raw_small_s()
         tails = pair.rounds(layout_of(1 << 16, 16), 64, 32, 5, layer_s=0.010)
         figures["transport.overlap.tail_ms"] = 1e3 * statistics.median(tails)

@@ -470,6 +470,8 @@ def test_a_worker_is_not_closed_to_those_who_are_not_in_the_way():
 def test_tenants_of_one_adapter_are_level_with_each_other_only():
     one, many = {"loras": {"x"}}, {"loras": {"y"}, "max_running": 8}
     fleet = Cluster(b.Vtc(output_weight=0.0), worker("x", **one), worker("y", **many))
+    for number in range(3):  # a waits all the time, so nothing lifts it
+        fleet.arrive(f"a-{number}", 100, lora="x", tenant="a")
     for number in range(400):
         fleet.arrive(f"b{number}", 100, lora="y", tenant="b")
         if number % 8 == 0:
@@ -478,6 +480,7 @@ def test_tenants_of_one_adapter_are_level_with_each_other_only():
                 fleet.end(id)
     for number in range(10):
         fleet.arrive(f"a+{number}", 100, lora="x", tenant="a")
+    fleet.arrive("b last", 100, lora="y", tenant="b")
     for number in range(10):
         fleet.arrive(f"c{number}", 100, lora="x", tenant="c")
     fleet.sent.clear()
@@ -543,3 +546,18 @@ def test_who_is_chosen_by_a_dispatch_of_another_lane_goes_at_once():
     fleet.tick(1.5)
     fleet.arrive("chat", model="A")
     assert fleet.waiting == []
+
+
+def test_waiting_tenants_are_counted_by_model_and_forgotten():
+    vtc = b.Vtc()
+    fleet = Cluster(vtc, worker("a", models={"A"}), worker("b", models={"B"}))
+    for model in "AB":
+        for number in range(4):
+            fleet.arrive(f"{model}{number}", model=model, tenant=f"t{number % 3}")
+    counts = vtc._backlog.tenants
+    assert [counts(of) for of in ({"A"}, {"B"}, {"A", "B"}, {"C"})] == [3, 3, 6, 0]
+    assert counts(None) == 3
+    while fleet.where:
+        fleet.end(next(iter(fleet.where)))
+    assert counts(None) == counts({"A", "B"}) == 0
+    assert not vtc._backlog._of_model

@@ -115,6 +115,8 @@ GOOD = {"model": "m", "prompt": "abc", "max_tokens": 3}
         ({"echo": True}, 400, "not supported"),
         ({"model": 3}, 400, "must be text"),
         ({"priority": "high"}, 400, "whole number"),
+        ({"sheddable": "yes"}, 400, "true or false"),
+        ({"resumable": 1}, 400, "true or false"),
         ({"cache_salt": 3}, 400, "must be text"),
     ],
 )
@@ -228,3 +230,19 @@ async def test_models_health_and_metrics(echo, open_edge):
         ):
             assert line in text
         assert 'outcome="InvalidRequest"' in text
+
+
+async def test_a_client_says_what_may_make_place(echo, open_edge):
+    engine, asked = echo("m"), []
+    generate = engine.generate
+
+    def listening(call):
+        asked.append((call.request.sheddable, call.request.resumable))
+        return generate(call)
+
+    engine.generate = listening
+    async with open_edge(engine) as http:
+        for more in ({}, {"sheddable": True}, {"sheddable": True, "resumable": True}):
+            answer = await http.post("/v1/completions", json={**GOOD, **more})
+            assert answer.status_code == 200
+    assert asked == [(False, False), (True, False), (True, True)]

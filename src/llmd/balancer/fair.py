@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -27,6 +27,7 @@ from .ledger import Ledger
 from .orders import Fcfs
 from .over import Over
 
+_NOTHING: dict[tuple[str, str], list[int]] = {}
 _LEVELS = 1024
 """Models, and groups of each, whose level is remembered."""
 
@@ -40,10 +41,11 @@ class Backlogs:
     _tenants: dict[Hashable, dict[tuple[str, str], list[int]]] = attrs.field(
         factory=dict
     )
+    _of_model: dict[str, int] = attrs.field(factory=dict)
 
-    def of(self, tenant: Hashable) -> Iterable[tuple[str, str]]:
+    def of(self, tenant: Hashable) -> Collection[tuple[str, str]]:
         """Return the models and adapters that a tenant waits for."""
-        return self._tenants.get(tenant, {}).keys()
+        return self._tenants.get(tenant, _NOTHING)
 
     def tokens(self, tenant: Hashable, models: Collection[str] | None) -> int:
         """Sum of a tenant's waiting prompts for any of *models*; None for all."""
@@ -55,24 +57,32 @@ class Backlogs:
         )
 
     def tenants(self, models: Collection[str] | None) -> int:
-        """Count the tenants that wait for any of *models*; None for any at all."""
+        """Count the tenants that wait for any of *models*, at most; None for all."""
         if models is None:
             return len(self._tenants)
-        waiting = self._tenants.values()
-        return sum(any(model in models for model, _ in each) for each in waiting)
+        waiting = self._of_model
+        return sum(waiting[model] for model in models if model in waiting)
 
     def count(self, tenant: Hashable, request: Request, by: int) -> None:
         """Count a request that begins (1) or ceases (-1) to wait."""
         tokens, kind = by * request.prompt_tokens, (request.model, request.lora)
         kinds = self._tenants.get(tenant)
         counts = None if kinds is None else kinds.get(kind)
+        if counts is not None and counts[0] + by > 0:
+            counts[0] += by
+            counts[1] += tokens
+            return
+        if counts is None and by < 0:
+            return  # of one whose beginning was not heard
+        left = self._of_model.get(request.model, 0) + by
+        if left > 0:
+            self._of_model[request.model] = left
+        else:
+            self._of_model.pop(request.model, None)
         if kinds is None:
             self._tenants[tenant] = {kind: [by, tokens]}
         elif counts is None:
             kinds[kind] = [by, tokens]
-        elif counts[0] + by > 0:
-            counts[0] += by
-            counts[1] += tokens
         elif len(kinds) > 1:
             del kinds[kind]
         else:
@@ -131,12 +141,16 @@ class Fair(Over, abc.ABC):
     def queued(self, request: Request, view: View) -> None:
         self.order.queued(request, view)
         tenant = self.tenant(request)
-        # Who waits for workers that are not there must not hold the level down.
-        level = self._level_of(request, view)
-        if not self.ledger.open(tenant, level):
-            # Nor save anything up meanwhile.
-            kinds = self._backlog.of(tenant)
-            if not any(view.workers.serve(model, lora) for model, lora in kinds):
+        kinds = self._backlog.of(tenant)
+        if (request.model, request.lora) in kinds:
+            self.ledger.open(tenant)
+        else:
+            # Who waits for workers that are not there must not hold the level
+            # down, nor save anything up meanwhile.
+            level = self._level_of(request, view)
+            if not self.ledger.open(tenant, level) and not any(
+                view.workers.serve(model, lora) for model, lora in kinds
+            ):
                 self.ledger.lift(tenant, level)
         self._backlog.count(tenant, request, 1)
 
