@@ -4,10 +4,11 @@
     python benchmarks/fidelity.py --gpu [--json PATH]
 
 Engines with random weights are started and probed for some 30 s: prompts, cached
-prompts and batches of all sizes, each timed by who asked.  `fit_from_probe` makes
-step times of that.  Four workloads at 30, 60 and 85 % of the load that saturates
-the modelled fleet are then sent to the engines by `LoadGenerator`, and simulated
-with the same router on the same requests.  Nothing is fitted to these.
+prompts and batches of all sizes.  `fit_from_probe` makes step times of that, and
+what is left of the times to first token is the settings' intake.  Four workloads
+at 30, 60 and 85 % of the load that saturates the modelled fleet are then sent to
+the engines by `LoadGenerator`, and simulated with the same router on the same
+requests.  Nothing is fitted to these.
 
 On CPUs a model of four layers, one core an engine; with `--gpu` one engine of the
 shape of Qwen2.5-7B.
@@ -19,10 +20,8 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,13 +30,14 @@ from typing import Any
 
 import attrs
 import numpy as np
+from _engine_probe import Prober, intake
 
 import llmd
 from llmd.adapters.vllm.engine import VllmEngine
-from llmd.live import Call, Server
+from llmd.live import Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
 from llmd.machines import Machine
-from llmd.machines.fit import Step, errors, fit_from_probe
+from llmd.machines.fit import errors, fit_from_probe
 from llmd.sim import EngineSettings, Report, Workload, simulate, workloads
 
 NAMES = ("dialogue", "documents", "batch", "shared_prefix")
@@ -66,6 +66,11 @@ class Site:
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
     scale: float
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of tokens are below it."""
+        return int(self.shape["vocab_size"])
 
     def workload(self, name: str, rate: float, requests: int) -> Workload:
         """Make one of the four kinds."""
@@ -159,109 +164,6 @@ GPU = Site(
 )
 
 
-# Probing ---------------------------------------------------------------------
-
-
-@attrs.define
-class Prober:
-    """Times steps of one engine, as its client sees them."""
-
-    engine: VllmEngine
-    site: Site
-    steps: list[Step] = attrs.field(factory=list)
-    waits: list[tuple[float, float]] = attrs.field(factory=list)
-    _count: Any = attrs.field(factory=itertools.count, init=False)
-    _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
-
-    async def run(self) -> None:
-        await self._prefill(max(self.site.prompts), 0)
-        await self._decode(max(self.site.batches), 32)
-        self.steps.clear()  # that was to warm up
-        for context in self.site.contexts:
-            for tokens in self.site.prompts:
-                await self._prefill(tokens, context)
-        for context in self.site.contexts:
-            for requests in self.site.batches:
-                await self._decode(requests, max(context, 32))
-        for tokens, requests in itertools.product(
-            self.site.prompts[::2], self.site.batches[2::2]
-        ):
-            for _ in range(3):
-                await self._mixed(tokens, requests, max(self.site.contexts[1], 32))
-
-    async def _prefill(self, tokens: int, context: int) -> None:
-        head = self._tokens(context)
-        if context:
-            await self._first([*head, 7])
-        times = [await self._first([*head, *self._tokens(tokens)]) for _ in range(3)]
-        self.steps.append(Step(tokens, context, 0, 0, statistics.median(times)))
-
-    async def _decode(self, requests: int, context: int) -> None:
-        """Let *requests* generate together and take the gaps while all do."""
-        new, head = 40, self._tokens(context)
-        await self._first(head)
-        arrivals: list[list[float]] = [[] for _ in range(requests)]
-
-        async def one(times: list[float]) -> None:
-            stream = self._ask([*head, *self._tokens(1)], new)
-            times += [time.perf_counter() async for piece in stream if piece.token_ids]
-
-        await asyncio.gather(*(one(times) for times in arrivals))
-        begun = max(times[0] for times in arrivals)
-        over = min(times[-1] for times in arrivals)
-        inside = [t for t in arrivals[0] if begun < t < over]
-        if len(inside) < 8:
-            return
-        # The mean, as one slow step in a few is a step that users wait for.
-        gap = (inside[-1] - inside[0]) / (len(inside) - 1)
-        middle = requests * (context + new / 2)
-        self.steps.append(Step(0, 0, requests, middle, gap))
-
-    async def _mixed(self, tokens: int, requests: int, context: int) -> None:
-        """Let a prompt join *requests* that generate, and time the step of both."""
-        new, head = 60, self._tokens(context)
-        await self._first(head)
-        running: list[list[float]] = [[] for _ in range(requests)]
-
-        async def one(times: list[float]) -> None:
-            async for piece in self._ask([*head, *self._tokens(1)], new):
-                times.extend([time.perf_counter()] * bool(piece.token_ids))
-
-        async def joins() -> float:
-            while min(map(len, running)) < 15:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
-            return await self._first(self._tokens(tokens))
-
-        *_, waited = await asyncio.gather(*map(one, running), joins())
-        # All of them sat through it: its length is the longest gap of each.
-        gaps = [float(np.diff(times[12:]).max()) for times in running]
-        step = statistics.median(gaps)
-        at = requests * (context + 20.0)
-        self.steps.append(Step(tokens, 0, requests, at, step))
-        self.waits.append((step, waited))
-
-    async def _first(self, tokens: Sequence[int]) -> float:
-        begun = time.perf_counter()
-        async for piece in self._ask(tokens, 1):
-            if piece.token_ids:
-                return time.perf_counter() - begun
-        raise RuntimeError("no token came")
-
-    def _ask(self, tokens: Sequence[int], new: int) -> Any:
-        request = llmd.Request(
-            id=f"probe{next(self._count)}", prompt=tokens, max_new_tokens=new
-        )
-        sampling = {"ignore_eos": True, "temperature": 0.0}
-        return self.engine.generate(Call(request=request, sampling=sampling))
-
-    def _tokens(self, count: int) -> list[int]:
-        vocabulary = self.site.shape["vocab_size"]
-        return self._rng.integers(10, vocabulary - 10, count).tolist()
-
-
-# Comparing -------------------------------------------------------------------
-
-
 def figures(report: Report) -> dict[str, float]:
     """Return what is compared."""
     return {
@@ -286,11 +188,11 @@ def saturation(site: Site, name: str, fleet: Fleet) -> float:
 
 @attrs.define
 class Fleet:
-    """The engines' facts and the machine that was fitted to them."""
+    """The engines' facts, and the machine and settings that were fitted to them."""
 
     workers: list[llmd.Worker]
     machine: Machine
-    site: Site
+    settings: EngineSettings
 
     def router(self) -> llmd.Router:
         return llmd.LeastDelay(self.machine)
@@ -301,7 +203,7 @@ class Fleet:
             workload,
             workers=self.workers,
             machine=self.machine,
-            settings=EngineSettings(step_tokens=self.site.step_tokens),
+            settings=self.settings,
         )
 
 
@@ -328,11 +230,20 @@ async def measure(
                 await prober.run()
             probed_s = time.perf_counter() - begun
             steps = [step for prober in probers for step in prober.steps]
-            machine = fit_from_probe(steps)
+            start = Machine(graph_tokens=_graph_tokens(made[0]))
+            machine = fit_from_probe(steps, start)
             fit = errors(machine, steps)
             print(f"probed {probed_s:.0f} s; fit: {fit}", flush=True)
             facts = [*server.cluster.view.workers.facts]
-            fleet = Fleet(facts, machine, site)
+            rests = [rest for prober in probers for rest in prober.rests]
+            base, each = intake(rests)
+            print(f"intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token")
+            settings = EngineSettings(
+                step_tokens=site.step_tokens,
+                intake_s=base,
+                intake_s_per_token=each,
+            )
+            fleet = Fleet(facts, machine, settings)
             found: dict[str, Any] = {
                 "probe_s": probed_s,
                 "fit": attrs.asdict(fit),
@@ -342,25 +253,29 @@ async def measure(
                     if isinstance(value, float)
                 },
                 "steps": [attrs.astuple(step) for step in steps],
-                "waits": [wait for prober in probers for wait in prober.waits],
+                "intake": [base, each],
+                "rests": rests,
                 "rows": [],
             }
             keep(found)
-            async for row in _grid(server, fleet, seconds, cells):
+            async for row in _grid(server, site, fleet, seconds, cells):
                 found["rows"].append(row)
                 keep(found)
 
 
 async def _grid(
-    server: Server, fleet: Fleet, seconds: float, cells: Sequence[tuple[str, float]]
+    server: Server,
+    site: Site,
+    fleet: Fleet,
+    seconds: float,
+    cells: Sequence[tuple[str, float]],
 ) -> AsyncIterator[dict[str, Any]]:
-    vocabulary = fleet.site.shape["vocab_size"]
     for name, load in cells:
-        rate = load * saturation(fleet.site, name, fleet)
-        workload = fleet.site.workload(name, rate, max(int(rate * seconds), 40))
+        rate = load * saturation(site, name, fleet)
+        workload = site.workload(name, rate, max(int(rate * seconds), 40))
         await _clear(server)
         server.cluster.router = fleet.router()
-        generator = LoadGenerator(server, vocabulary=vocabulary)
+        generator = LoadGenerator(server, vocabulary=site.vocabulary)
         row: dict[str, Any] = {
             "workload": name,
             "load": load,
@@ -391,6 +306,13 @@ async def _clear(server: Server) -> None:
 def _engine(site: Site, model: str) -> VllmEngine:
     options = {"load_format": "dummy", "skip_tokenizer_init": True, **site.options}
     return VllmEngine(model, names=["shape"], options=options)
+
+
+def _graph_tokens(engine: VllmEngine) -> float:
+    """Return the tokens of the largest step with a prompt that is a CUDA graph."""
+    config = engine._llm.vllm_config.compilation_config
+    graphs = config.cudagraph_mode.has_piecewise_cudagraphs()
+    return float(config.max_cudagraph_capture_size) if graphs else 0.0
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -251,6 +251,8 @@ def test_memory_is_a_fraction_of_a_dicts():
 
 # Delays -----------------------------------------------------------------------
 
+GRAPHS = {"graph_tokens": 800.0, "graph_floor_s": 0.5}
+
 
 @compiled
 @given(
@@ -262,12 +264,12 @@ def test_memory_is_a_fraction_of_a_dicts():
     ),
     st.integers(1, 4000),
     st.lists(st.floats(0.0, 10.0), min_size=4, max_size=4),
-    st.sampled_from(["", "knee", "prefix_s_per_token"]),
+    st.sampled_from([{}, {"knee": 1.7}, {"prefix_s_per_token": 1.7}, GRAPHS]),
 )
 def test_delays_are_those_of_numpy(columns, tokens, weights, changed):
     loads, held = columns
     held = np.maximum.accumulate(held, axis=1)
-    machine = attrs.evolve(llmd.Machine(), **{changed: 1.7} if changed else {})
+    machine = attrs.evolve(llmd.Machine(), **changed)
     names = ("always", "waiting_here", "waiting_anywhere", "answering_here")
     router = llmd.LeastDelay(machine, **dict(zip(names, weights, strict=True)))
     request = llmd.Request(id="r", prompt=np.zeros(tokens, np.int64))
@@ -280,7 +282,7 @@ def test_delays_are_those_of_numpy(columns, tokens, weights, changed):
 @compiled
 def test_delays_of_what_does_not_fit_together_are_refused():
     good = (np.zeros((4, 3), np.int64), np.zeros((3, 4), np.int64), 5.0)
-    figures, out = (1.0,) * 12, np.zeros((8, 3))
+    figures, out = (1.0,) * 14, np.zeros((8, 3))
     loops.delays(*good, figures, out)
     for place, bad in (
         (0, np.zeros((4, 2), np.int64)),

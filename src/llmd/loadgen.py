@@ -30,6 +30,9 @@ from .sim.workload import Job, Workload
 from .types import Request, RequestId, WorkerId
 from .view import Floats
 
+_COARSE_S = 1.5e-3
+"""Seconds by which a timer of asyncio may be late: epoll counts milliseconds."""
+
 
 class ScheduleLag(LlmdError):
     """The generator was too slow to measure anything but itself."""
@@ -119,8 +122,7 @@ class LoadGenerator:
 
     async def _session(self, job: Job, at: float, group: asyncio.TaskGroup) -> None:
         """Send one request when it is due, and then what follows it."""
-        await asyncio.sleep(max(at - self._now(), 0.0))
-        sent = self._now()
+        sent = await self._reached(at)
         self.lags.append(sent - at)
         outcome = self._ledger.outcomes[job.id]
         # Measured from when it was due: a late start is no excuse.
@@ -138,6 +140,13 @@ class LoadGenerator:
         for follower in self._ledger.close(job.id, status, ended):
             due = ended + follower.think_s
             group.create_task(self._session(follower, due, group))
+
+    async def _reached(self, at: float) -> float:
+        """Wait until *at*, and return the time then."""
+        await asyncio.sleep(max(at - _COARSE_S - self._now(), 0.0))
+        while (now := self._now()) < at:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        return now
 
     async def _ask(self, outcome: Outcome, sent: float) -> None:
         job = outcome.job

@@ -54,15 +54,22 @@ def test_held_out_steps_of_the_measured_h200():
     assert found.p90 <= 0.15, found
 
 
-def test_a_fit_finds_the_machine_that_made_the_probe():
-    made = attrs.evolve(Machine.of(H200, LLAMA31_8B), prefix_s_per_token=1e-7)
+@pytest.mark.parametrize("graph_tokens", [0.0, 300.0])
+def test_a_fit_finds_the_machine_that_made_the_probe(graph_tokens):
+    made = attrs.evolve(
+        Machine.of(H200, LLAMA31_8B),
+        prefix_s_per_token=1e-7,
+        prefill_floor_s=18e-3,
+        graph_tokens=graph_tokens,
+        graph_floor_s=6e-3,
+    )
     sizes = [
         *((tokens, ahead, 0, 0) for tokens in (16, 256, 2048) for ahead in (0, 9000)),
         *((0, 0, n, n * c) for n in (1, 16, 256) for c in (100, 4000)),
         *((512, 100, n, n * 500) for n in (4, 64)),
     ]
     steps = [Step(*size, made.step_s(*size)) for size in sizes]
-    fitted = fit_from_probe(steps)
+    fitted = fit_from_probe(steps, Machine(graph_tokens=graph_tokens))
     assert errors(fitted, steps).worst < 0.001
     assert fitted.step_s(1000, 50, 30, 9000) == pytest.approx(
         made.step_s(1000, 50, 30, 9000), rel=0.01

@@ -100,6 +100,14 @@ async def test_a_generator_that_is_late_refuses_to_report():
         )
 
 
+async def test_nothing_is_sent_early_and_little_later_than_the_clock_can_tell():
+    ticks = iter(np.arange(0.0, 1e3, 5e-5))
+    load = workloads.batch(requests=6, rate=100.0, answer_tokens=2)
+    _, generator, _ = await drive(load, clock=lambda: float(next(ticks)))
+    assert min(generator.lags) >= 0.0
+    assert max(generator.lags) < 1e-3  # a timer of asyncio is that late by itself
+
+
 async def test_who_is_given_up_counts_as_a_miss():
     load = workloads.batch(requests=4, rate=100.0, answer_tokens=3)
     report, _, _ = await drive(load, engine=PacedEngine(first=5.0), deadline_s=0.2)

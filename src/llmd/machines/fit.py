@@ -14,6 +14,7 @@ from .machine import Machine
 PARAMETERS = (
     "prefill_floor_s",
     "decode_floor_s",
+    "graph_floor_s",
     "prefill_s_per_token",
     "attention_s_per_token2",
     "prefix_s_per_token",
@@ -65,7 +66,7 @@ def errors(machine: Machine, steps: Iterable[Step]) -> Errors:
     """
     table = _table(steps)
     found = np.abs(
-        _predict(_parameters(machine), table, machine.knee) / table[:, 4] - 1
+        _predict(_parameters(machine), table, Form.of(machine)) / table[:, 4] - 1
     )
     return Errors(
         steps=len(found),
@@ -87,32 +88,46 @@ def fit_from_probe(steps: Iterable[Step], start: Machine | None = None) -> Machi
 
     Args:
         steps: A probe of some 30 steps over all sizes takes seconds to run.
-        start: Where to begin, best from `Machine.of`.
+        start: Where to begin, best from `Machine.of`; its `graph_tokens` stay.
 
     Raises:
         InvalidHardware: There is no step, or one with no positive time.
     """
     table, machine = _table(steps), start or Machine()
     begin = np.log(np.maximum(_parameters(machine), _LEAST))
-    fits = [(*_descend(begin, table, knee), knee) for knee in KNEES]
+    forms = [Form(knee, machine.graph_tokens) for knee in KNEES]
+    fits = [(*_descend(begin, table, form), form.knee) for form in forms]
     _, best, knee = min(fits, key=lambda fit: fit[0])
     values = dict(zip(PARAMETERS, np.exp(best).tolist(), strict=True))
     return attrs.evolve(machine, knee=knee, **values)
 
 
-def _descend(logs: Floats, table: Floats, knee: float) -> tuple[float, Floats]:
+@attrs.frozen
+class Form:
+    """What of a machine is given when its parameters are sought."""
+
+    knee: float
+    graph_tokens: float
+
+    @classmethod
+    def of(cls, machine: Machine) -> Form:
+        """Return that of *machine*."""
+        return cls(machine.knee, machine.graph_tokens)
+
+
+def _descend(logs: Floats, table: Floats, form: Form) -> tuple[float, Floats]:
     """Return the least loss found from *logs* on, and where."""
     damping = 1e-3
-    residuals = _residuals(logs, table, knee)
+    residuals = _residuals(logs, table, form)
     loss = _loss(residuals)
     for _ in range(_ITERATIONS):
-        slopes = _slopes(logs, table, knee, residuals)
+        slopes = _slopes(logs, table, form, residuals)
         weighted = slopes / np.maximum(1.0, np.abs(residuals) / _OUTLYING)[:, None]
         normal = weighted.T @ slopes
         brake = damping * np.diag(np.diag(normal) + 1e-9)
         step = np.linalg.solve(normal + brake, -weighted.T @ residuals)
         tried = np.maximum(logs + np.clip(step, -2.0, 2.0), np.log(_LEAST))
-        new_residuals = _residuals(tried, table, knee)
+        new_residuals = _residuals(tried, table, form)
         new_loss = _loss(new_residuals)
         if new_loss >= loss:
             damping *= 4
@@ -140,23 +155,25 @@ def _parameters(machine: Machine) -> Floats:
     return np.array([getattr(machine, name) for name in PARAMETERS])
 
 
-def _predict(parameters: Floats, table: Floats, knee: float) -> Floats:
+def _predict(parameters: Floats, table: Floats, form: Form) -> Floats:
     """`Machine.step_s` over a table, shape (steps,)."""
     prompt, ahead, requests, context = table[:, :4].T
-    floor = np.where(prompt > 0, parameters[0], parameters[1])
-    products = parameters[2] * (prompt + requests)
+    tokens, knee = prompt + requests, form.knee
+    floor = np.where(tokens <= form.graph_tokens, parameters[2], parameters[0])
+    floor = np.where(prompt > 0, floor, parameters[1])
+    products = parameters[3] * tokens
     predicted: Floats = (
         (floor**knee + products**knee) ** (1 / knee)
-        + parameters[3] * prompt * (ahead + prompt / 2)
-        + parameters[4] * np.maximum(ahead, 0.0)
-        + parameters[5] * requests
-        + parameters[6] * context
+        + parameters[4] * prompt * (ahead + prompt / 2)
+        + parameters[5] * np.maximum(ahead, 0.0)
+        + parameters[6] * requests
+        + parameters[7] * context
     )
     return predicted
 
 
-def _residuals(logs: Floats, table: Floats, knee: float) -> Floats:
-    residuals: Floats = np.log(_predict(np.exp(logs), table, knee) / table[:, 4])
+def _residuals(logs: Floats, table: Floats, form: Form) -> Floats:
+    residuals: Floats = np.log(_predict(np.exp(logs), table, form) / table[:, 4])
     return residuals
 
 
@@ -167,10 +184,10 @@ def _loss(residuals: Floats) -> float:
     return float(np.where(size < _OUTLYING, size**2, straight).sum())
 
 
-def _slopes(logs: Floats, table: Floats, knee: float, at: Floats) -> Floats:
+def _slopes(logs: Floats, table: Floats, form: Form, at: Floats) -> Floats:
     slopes = np.empty((len(at), len(logs)))
     for column in range(len(logs)):
         moved = logs.copy()
         moved[column] += 1e-6
-        slopes[:, column] = (_residuals(moved, table, knee) - at) / 1e-6
+        slopes[:, column] = (_residuals(moved, table, form) - at) / 1e-6
     return slopes

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import attrs
+import numpy as np
 
 from ..types import Tier
 from ..view import Floats
@@ -52,7 +53,9 @@ class Machine:
     A step reads all weights, which sets a floor, and computes with them, which
     is proportional to its tokens; norm, (a**knee + b**knee) ** (1 / knee), is
     how the one passes into the other.  A step with part of a prompt in it has
-    a floor of its own, since engines often run it without CUDA graphs.
+    a floor of its own, since engines often run it without CUDA graphs, and one
+    that is small enough for them another: beyond, the host launches each kernel,
+    and takes 15 to 20 ms to do so however little each has to do.
 
     The default is the shape of Qwen2.5 7B in bf16 on one H200, vLLM 0.26, CUDA
     graphs for decode only, fitted to `llmd.machines.measured`.
@@ -61,6 +64,9 @@ class Machine:
         name: Of the profile.
         prefill_floor_s: Of a step with part of a prompt, however small.
         decode_floor_s: Of a step without.
+        graph_tokens: Tokens of the largest step with part of a prompt that runs
+            as a CUDA graph; 0: none does.  vLLM's `max_cudagraph_capture_size`.
+        graph_floor_s: Of such a step.
         knee: How sharply the floor ends: 1 adds, infinity takes the larger.
         prefill_s_per_token: Of one token in the matrix products.
         attention_s_per_token2: Of one prompt token looking at one before it.
@@ -83,6 +89,8 @@ class Machine:
     name: str = "h200/qwen2.5-7b"
     prefill_floor_s: float = 18.38e-3
     decode_floor_s: float = 4.83e-3
+    graph_tokens: float = 0.0
+    graph_floor_s: float = 7.3e-3
     knee: float = 2.5
     prefill_s_per_token: float = 20.69e-6
     attention_s_per_token2: float = 0.7895e-9
@@ -145,10 +153,9 @@ class Machine:
     def prefill_s(self, tokens: Amount, context: Amount | float = 0.0) -> Amount:
         """Return the seconds to compute *tokens* behind *context* cached ones."""
         products = self.prefill_s_per_token * tokens
-        floor, knee = self.prefill_floor_s, self.knee
         attended = tokens * (context + tokens * 0.5)
         return (
-            _norm(products, floor, knee)
+            _norm(products, self._floor_s(tokens), self.knee)
             + attended * self.attention_s_per_token2
             + context * self.prefix_s_per_token
         )
@@ -173,8 +180,9 @@ class Machine:
             decode_requests: Requests that get one more token each.
             context_tokens: Prompt and output tokens of these requests so far.
         """
-        floor = self.prefill_floor_s if prefill_tokens else self.decode_floor_s
-        products = self.prefill_s_per_token * (prefill_tokens + decode_requests)
+        tokens = prefill_tokens + decode_requests
+        floor = self._floor_s(tokens) if prefill_tokens else self.decode_floor_s
+        products = self.prefill_s_per_token * tokens
         attended = prefill_tokens * (prefill_context + prefill_tokens / 2)
         return (
             _norm(products, floor, self.knee)
@@ -183,6 +191,15 @@ class Machine:
             + decode_requests * self.decode_s_per_request
             + context_tokens * self.decode_s_per_context_token
         )
+
+    def _floor_s(self, tokens: Amount) -> Amount | float:
+        """Return the floor of steps with part of a prompt and *tokens* in all."""
+        floors = self.graph_floor_s, self.prefill_floor_s
+        small = tokens <= self.graph_tokens
+        if isinstance(small, np.ndarray):
+            chosen: Floats = np.where(small, *floors)
+            return chosen
+        return floors[0] if small else floors[1]
 
     @property
     def load_bytes_per_s(self) -> tuple[float, float, float]:
@@ -201,7 +218,7 @@ class Machine:
         return self.kv_bytes_per_token / self.load_bytes_per_s[tier - 1]
 
 
-def _norm(amount: Amount, floor: float, knee: float) -> Amount:
+def _norm(amount: Amount, floor: Amount | float, knee: float) -> Amount:
     joined: Amount = (amount**knee + floor**knee) ** (1 / knee)
     return joined
 

@@ -9,14 +9,16 @@
 
 /* Of a machine, and of the router: in the order of `LeastDelay._figures`. */
 typedef struct {
-    double per_token, floor, knee, attention, prefix;
+    double per_token, floor, graph_tokens, graph_floor, knee, attention, prefix;
     double per_request, per_context_token;
     double always, waiting_here, waiting_anywhere, answering_here, step_tokens;
 } Figures;
 
+/* Its floors are given to the power of its knee. */
 static double
-prefill_s(const Figures *of, double floor, double tokens, double context)
+prefill_s(const Figures *of, double tokens, double context)
 {
+    double floor = tokens <= of->graph_tokens ? of->graph_floor : of->floor;
     double joined = pow(of->per_token * tokens, of->knee) + floor;
     return pow(joined, 1.0 / of->knee) +
            tokens * (context + tokens * 0.5) * of->attention + context * of->prefix;
@@ -35,10 +37,11 @@ delays(PyObject *module, PyObject *const *args, Py_ssize_t given)
         return NULL;
     double prompt = PyFloat_AsDouble(args[2]);
     if ((prompt == -1.0 && PyErr_Occurred()) ||
-        !PyArg_ParseTuple(args[3], "dddddddddddd", &of.per_token, &of.floor, &of.knee,
-                          &of.attention, &of.prefix, &of.per_request,
-                          &of.per_context_token, &of.always, &of.waiting_here,
-                          &of.waiting_anywhere, &of.answering_here, &of.step_tokens))
+        !PyArg_ParseTuple(args[3], "dddddddddddddd", &of.per_token, &of.floor,
+                          &of.graph_tokens, &of.graph_floor, &of.knee, &of.attention,
+                          &of.prefix, &of.per_request, &of.per_context_token,
+                          &of.always, &of.waiting_here, &of.waiting_anywhere,
+                          &of.answering_here, &of.step_tokens))
         return NULL;
     Py_buffer loads = {0}, held = {0}, out = {0};
     PyObject *result = NULL;
@@ -58,8 +61,10 @@ delays(PyObject *module, PyObject *const *args, Py_ssize_t given)
                   *queued = waiting + workers, *context = queued + workers,
                   *cached = held.buf;
     Py_ssize_t tiers = held.shape[1];
-    double *row = out.buf, floor = pow(of.floor, of.knee), anywhere = 0.0;
-    double step_s = prefill_s(&of, floor, of.step_tokens, 0.0);
+    double *row = out.buf, anywhere = 0.0;
+    of.floor = pow(of.floor, of.knee);
+    of.graph_floor = pow(of.graph_floor, of.knee);
+    double step_s = prefill_s(&of, of.step_tokens, 0.0);
     int slower = 0;
     for (Py_ssize_t worker = 0; worker < workers; worker++)
         anywhere += waiting[worker];
@@ -68,9 +73,9 @@ delays(PyObject *module, PyObject *const *args, Py_ssize_t given)
         const int64_t *own_held = cached + worker * tiers;
         double wait = waiting[worker], run = running[worker], queue = queued[worker];
         double known = own_held[tiers - 1], own = fmax(prompt - known, 1.0);
-        double own_s = prefill_s(&of, floor, own, known), queued_s = 0.0;
+        double own_s = prefill_s(&of, own, known), queued_s = 0.0;
         if (queue > 0.0 && wait > 0.0)
-            queued_s = prefill_s(&of, floor, queue / wait, 0.0) * fmax(wait - 0.5, 0.0);
+            queued_s = prefill_s(&of, queue / wait, 0.0) * fmax(wait - 0.5, 0.0);
         double decoding = context[worker] * of.per_context_token + run * of.per_request;
         double others = of.always + anywhere + of.waiting_here * wait +
                         of.answering_here * (run - wait);

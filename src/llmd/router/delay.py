@@ -86,6 +86,8 @@ class LeastDelay(TermRouter):
         return (
             machine.prefill_s_per_token,
             machine.prefill_floor_s,
+            machine.graph_tokens,
+            machine.graph_floor_s,
             machine.knee,
             machine.attention_s_per_token2,
             machine.prefix_s_per_token,
@@ -128,10 +130,13 @@ def _in_numpy(
         to the two, that it takes from others.  And whether any worker holds
         more in slower tiers than in the first.
     """
-    (per_token, floor, knee, attention, prefix, per_request, per_context) = figures[:7]
-    always, here, anywhere, answering, step_tokens = figures[7:]
+    per_token, eager_s, graph_tokens, graph_s, knee, attention, prefix = figures[:7]
+    per_request, per_context, always, here, anywhere, answering, step_tokens = figures[
+        7:
+    ]
 
     def prefill_s(tokens: Floats, context: Floats | float) -> Floats:
+        floor = np.where(tokens <= graph_tokens, graph_s, eager_s)
         joined = ((per_token * tokens) ** knee + floor**knee) ** (1 / knee)
         attended = tokens * (context + tokens * 0.5)
         seconds: Floats = joined + attended * attention + context * prefix

@@ -297,9 +297,17 @@ class Simulator:
             remote=remote,
             given=outcome.generated,
         )
-        self._awake(engine, model.submit(sequence, self.now))
-        if not model.busy:
-            self._take_events(engine)
+        if intake := model.expect(sequence):
+            self._at(self.now + intake, self._enter, (engine, sequence))
+        else:
+            self._enter((engine, sequence))
+
+    def _enter(self, entry: tuple[_Engine, Sequence]) -> None:
+        engine, sequence = entry
+        if engine.left_at > self.now:
+            self._awake(engine, engine.model.submit(sequence, self.now))
+            if not engine.model.busy:
+                self._take_events(engine)
 
     def _awake(self, engine: _Engine, at: float | None) -> None:
         if at is not None:

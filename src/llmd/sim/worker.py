@@ -37,8 +37,8 @@ from .steps import Run
 class ModelWorker:
     """One engine in virtual time.
 
-    Its driver calls `submit`, `abort` and `release` at any time, `finish` and
-    then `plan` when the time that was last returned has come, and `take` after
+    Its driver calls `expect`, `submit`, `abort` and `release` at any time, `finish`
+    and then `plan` when the time that was last returned has come, and `take` after
     each of them.
 
     Attributes:
@@ -48,7 +48,7 @@ class ModelWorker:
         log: Of each run: start, end, steps, decoding requests, prompt tokens,
             blocks in use, requests waiting here.
         preemptions: Requests thrown out for want of blocks.
-        held: Requests that are here, by id.
+        held: Requests that are here or on their way, by id.
 
     >>> from llmd import Request
     >>> model = ModelWorker(Worker(id="w"), Machine())
@@ -148,8 +148,16 @@ class ModelWorker:
         self._events.clear()
         return events
 
+    def expect(self, sequence: Sequence) -> float:
+        """Hold *sequence*, that it be submitted; return in how many seconds."""
+        self.held[sequence.request.id] = sequence
+        tokens = sequence.request.prompt_tokens + sequence.given
+        return self.settings.intake_s + tokens * self.settings.intake_s_per_token
+
     def submit(self, sequence: Sequence, now: float) -> float | None:
         """Queue *sequence*; return when to call `finish`, if that changed."""
+        if sequence.gone:  # on its way here
+            return None
         self._orders += 1
         sequence.order = self._orders
         sequence.length = sequence.request.prompt_tokens + sequence.given
@@ -178,6 +186,8 @@ class ModelWorker:
         if sequence is None:
             return None
         sequence.gone = True
+        if not sequence.order:
+            return None
         if not sequence.blocks:
             self._queued -= 1
             # Whoever stood behind it may join.

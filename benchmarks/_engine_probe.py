@@ -1,0 +1,195 @@
+"""Times the steps of a real engine, and what lies between it and its client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+
+from llmd.adapters.vllm.engine import VllmEngine
+from llmd.machines.fit import Step
+
+
+class Sizes(Protocol):
+    """What is probed.
+
+    Attributes:
+        step_tokens: Most tokens a step computes.
+        prompts: Lengths of prompts, each of one step.
+        contexts: Cached tokens ahead of them.
+        batches: Requests that decode together.
+        vocabulary: Ids of tokens are below it.
+    """
+
+    step_tokens: int
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    @property
+    def vocabulary(self) -> int: ...
+
+
+@attrs.define
+class Prober:
+    """Asks one engine for prompts and batches of all sizes, one after the other.
+
+    Attributes:
+        steps: What its steps took.
+        rests: Of prompts: tokens, and the seconds of its time to first token in
+            which the engine did not compute it.
+    """
+
+    engine: VllmEngine
+    sizes: Sizes
+    steps: list[Step] = attrs.field(factory=list)
+    rests: list[tuple[int, float]] = attrs.field(factory=list)
+    _count: Any = attrs.field(factory=itertools.count, init=False)
+    _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
+
+    async def run(self) -> None:
+        sizes = self.sizes
+        await self._prefill(max(sizes.prompts), 0)
+        await self._decode(max(sizes.batches), 32)
+        self.steps.clear()  # that was to warm up
+        self.rests.clear()
+        for context in sizes.contexts:
+            for tokens in sizes.prompts:
+                await self._prefill(tokens, context)
+        await self._chunks(4)
+        for context in sizes.contexts:
+            for requests in sizes.batches:
+                await self._decode(requests, max(context, 32))
+        for tokens, requests in itertools.product(
+            sizes.prompts[::2], sizes.batches[2::2]
+        ):
+            await self._mixed(tokens, requests, max(sizes.contexts[1], 32))
+
+    async def _prefill(self, tokens: int, context: int) -> None:
+        head = self._tokens(context)
+        if context:
+            await self._first([*head, 7])
+        timed = [await self._first([*head, *self._tokens(tokens)]) for _ in range(3)]
+        seconds = statistics.median([computed for computed, _ in timed])
+        self.steps.append(Step(tokens, context, 0, 0, seconds))
+        rest = statistics.median([waited - computed for computed, waited in timed])
+        self.rests.append((context + tokens, rest))
+
+    async def _chunks(self, count: int) -> None:
+        """Time full steps of one prompt: the next is made ready during each."""
+        size = self.sizes.step_tokens
+        last = [(await self._first(self._tokens(size)))[0] for _ in range(3)]
+        long = [(await self._first(self._tokens(size * count)))[0] for _ in range(3)]
+        seconds = statistics.median(long) - statistics.median(last)
+        self.steps.append(
+            Step(size, size * count / 2, 0, 0, seconds / (count - 1)),
+        )
+
+    async def _decode(self, requests: int, context: int) -> None:
+        """Let *requests* generate together and take the gaps while all do."""
+        new, head = 40, self._tokens(context)
+        await self._first(head)
+        arrivals = await asyncio.gather(
+            *(self._told([*head, *self._tokens(1)], new, []) for _ in range(requests))
+        )
+        begun = max(times[0] for times in arrivals)
+        over = min(times[-1] for times in arrivals)
+        inside = [t for t in arrivals[0] if begun < t < over]
+        if len(inside) < 8:
+            return
+        # The mean, as one slow step in a few is a step that users wait for.
+        gap = (inside[-1] - inside[0]) / (len(inside) - 1)
+        middle = requests * (context + new / 2)
+        self.steps.append(Step(0, 0, requests, middle, gap))
+
+    async def _mixed(self, tokens: int, requests: int, context: int) -> None:
+        """Let a prompt join *requests* that generate, and time the step of both."""
+        head = self._tokens(context)
+        await self._first(head)
+        found = [await self._joined(tokens, requests, head) for _ in range(3)]
+        step = statistics.median(found)
+        at = requests * (context + 20.0)
+        self.steps.append(Step(tokens, 0, requests, at, step))
+
+    async def _joined(self, tokens: int, requests: int, head: Sequence[int]) -> float:
+        """Return how much longer *requests* took for a prompt, and for one step.
+
+        Which of their tokens is late depends on when the engine looks at the
+        outcome of a step, and it has the next one ready by then: so no single gap
+        is the step, and their sum is.
+        """
+        running: list[list[float]] = [[] for _ in range(requests)]
+
+        async def joins() -> tuple[float, float]:
+            while min(map(len, running)) < 15:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            asked = time.monotonic()
+            await self._first(self._tokens(tokens))
+            return asked, time.monotonic()
+
+        (asked, came), *_ = await asyncio.gather(
+            joins(),
+            *(self._told([*head, *self._tokens(1)], 60, times) for times in running),
+        )
+        found = []
+        for times in map(np.array, running):
+            first = int(np.searchsorted(times, asked)) - 1
+            last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
+            gap = (times[first] - times[4]) / (first - 4)
+            found.append(times[last] - times[first] - gap * (last - first - 1))
+        return statistics.median(found)
+
+    async def _told(
+        self, tokens: Sequence[int], new: int, times: list[float]
+    ) -> list[float]:
+        """Note in *times* when each token of an answer came."""
+        async for piece in self._ask(tokens, new):
+            times += [time.monotonic()] * len(piece.outputs[0].token_ids)
+        return times
+
+    async def _first(self, tokens: Sequence[int]) -> tuple[float, float]:
+        """Return the seconds to compute a prompt, and to the first token."""
+        begun = time.monotonic()
+        async for piece in self._ask(tokens, 1):
+            if piece.outputs[0].token_ids:
+                waited = time.monotonic() - begun
+                # By the engine's own clock, which on Linux is this one.
+                said = piece.metrics
+                return said.first_token_ts - said.scheduled_ts, waited
+        raise RuntimeError("no token came")
+
+    def _ask(self, tokens: Sequence[int], new: int) -> AsyncIterator[Any]:
+        from vllm.sampling_params import RequestOutputKind
+
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=new,
+            ignore_eos=True,
+            temperature=0.0,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        id = f"probe{next(self._count)}"
+        stream: AsyncIterator[Any]
+        stream = self.engine._llm.generate({"prompt_token_ids": tokens}, sampling, id)
+        return stream
+
+    def _tokens(self, count: int) -> list[int]:
+        tokens: list[int]
+        tokens = self._rng.integers(10, self.sizes.vocabulary - 10, count).tolist()
+        return tokens
+
+
+def intake(rests: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return seconds, and seconds a token, that fit *rests* best."""
+    tokens, seconds = np.array(rests, dtype=np.float64).T
+    slope, base = np.polyfit(tokens, seconds, 1)
+    if slope < 0 or base < 0:
+        return max(float(np.median(seconds)), 0.0), 0.0
+    return float(base), float(slope)
