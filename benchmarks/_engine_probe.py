@@ -54,32 +54,33 @@ class Prober:
     _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
 
     async def run(self) -> None:
-        sizes = self.sizes
+        """Ask, and add to what was found before."""
+        sizes, steps, rests = self.sizes, len(self.steps), len(self.rests)
         await self._prefill(max(sizes.prompts), 0)
-        await self._decode(max(sizes.batches), 32)
-        self.steps.clear()  # that was to warm up
-        self.rests.clear()
+        await self.decode(max(sizes.batches), 32)
+        del self.steps[steps:], self.rests[rests:]  # that was to warm up
         for context in sizes.contexts:
             for tokens in sizes.prompts:
                 await self._prefill(tokens, context)
         await self._chunks(4)
         for context in sizes.contexts:
             for requests in sizes.batches:
-                await self._decode(requests, max(context, 32))
-        for tokens, requests in itertools.product(
-            sizes.prompts[::2], sizes.batches[2::2]
-        ):
-            await self._mixed(tokens, requests, max(sizes.contexts[1], 32))
+                await self.decode(requests, max(context, 32))
+        context = max(sizes.contexts[1], 32)
+        for tokens, requests in itertools.product(sizes.prompts, sizes.batches[2::2]):
+            for ahead in (0, context):
+                await self._mixed(tokens, ahead, requests, context)
 
     async def _prefill(self, tokens: int, context: int) -> None:
+        """Ask an idle engine."""
         head = self._tokens(context)
         if context:
             await self._first([*head, 7])
-        timed = [await self._first([*head, *self._tokens(tokens)]) for _ in range(3)]
-        seconds = statistics.median([computed for computed, _ in timed])
-        self.steps.append(Step(tokens, context, 0, 0, seconds))
-        rest = statistics.median([waited - computed for computed, waited in timed])
-        self.rests.append((context + tokens, rest))
+        for _ in range(2):
+            own = self._drawn(tokens)
+            computed, waited = await self._first([*head, *own])
+            self.steps.append(Step(len(own), context, 0, 0, computed))
+            self.rests.append((context + len(own), waited - computed))
 
     async def _chunks(self, count: int) -> None:
         """Time full steps of one prompt: the next is made ready during each."""
@@ -91,7 +92,7 @@ class Prober:
             Step(size, size * count / 2, 0, 0, seconds / (count - 1)),
         )
 
-    async def _decode(self, requests: int, context: int) -> None:
+    async def decode(self, requests: int, context: int) -> None:
         """Let *requests* generate together and take the gaps while all do."""
         new, head = 40, self._tokens(context)
         await self._first(head)
@@ -108,42 +109,33 @@ class Prober:
         middle = requests * (context + new / 2)
         self.steps.append(Step(0, 0, requests, middle, gap))
 
-    async def _mixed(self, tokens: int, requests: int, context: int) -> None:
-        """Let a prompt join *requests* that generate, and time the step of both."""
-        head = self._tokens(context)
-        await self._first(head)
-        found = [await self._joined(tokens, requests, head) for _ in range(3)]
-        step = statistics.median(found)
-        at = requests * (context + 20.0)
-        self.steps.append(Step(tokens, 0, requests, at, step))
-
-    async def _joined(self, tokens: int, requests: int, head: Sequence[int]) -> float:
-        """Return how much longer *requests* took for a prompt, and for one step.
+    async def _mixed(
+        self, tokens: int, ahead: int, requests: int, context: int
+    ) -> None:
+        """Let a prompt join *requests* that generate, and time the step of both.
 
         Which of their tokens is late depends on when the engine looks at the
         outcome of a step, and it has the next one ready by then: so no single gap
-        is the step, and their sum is.
+        is the step, but what all of them together took longer for the prompt is.
         """
+        head, own = self._tokens(context), self._drawn(tokens)
+        await self._first(head)
         running: list[list[float]] = [[] for _ in range(requests)]
 
         async def joins() -> tuple[float, float]:
             while min(map(len, running)) < 15:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             asked = time.monotonic()
-            await self._first(self._tokens(tokens))
+            await self._first([*head[:ahead], *own])
             return asked, time.monotonic()
 
-        (asked, came), *_ = await asyncio.gather(
+        span, *_ = await asyncio.gather(
             joins(),
             *(self._told([*head, *self._tokens(1)], 60, times) for times in running),
         )
-        found = []
-        for times in map(np.array, running):
-            first = int(np.searchsorted(times, asked)) - 1
-            last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
-            gap = (times[first] - times[4]) / (first - 4)
-            found.append(times[last] - times[first] - gap * (last - first - 1))
-        return statistics.median(found)
+        step = statistics.median([_longer(times, *span) for times in running])
+        at = requests * (context + 20.0)
+        self.steps.append(Step(len(own), ahead, requests, at, step))
 
     async def _told(
         self, tokens: Sequence[int], new: int, times: list[float]
@@ -180,16 +172,31 @@ class Prober:
         stream = self.engine._llm.generate({"prompt_token_ids": tokens}, sampling, id)
         return stream
 
+    def _drawn(self, most: int) -> list[int]:
+        """Return a prompt of a length near *most*: no two that clients send are alike.
+
+        An engine is slower with a size it has not had lately.
+        """
+        return self._tokens(int(self._rng.integers(most * 4 // 5, most + 1)))
+
     def _tokens(self, count: int) -> list[int]:
         tokens: list[int]
         tokens = self._rng.integers(10, self.sizes.vocabulary - 10, count).tolist()
         return tokens
 
 
+def _longer(times: Sequence[float], asked: float, came: float) -> float:
+    """Return the one step between *asked* and *came* that was not like the others."""
+    first = int(np.searchsorted(times, asked)) - 1
+    last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
+    usual = (times[first] - times[4]) / (first - 4)
+    return times[last] - times[first] - usual * (last - first - 1)
+
+
 def intake(rests: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return seconds, and seconds a token, that fit *rests* best."""
+    """Return seconds, and seconds a token, that fit *rests* best (Theil and Sen)."""
     tokens, seconds = np.array(rests, dtype=np.float64).T
-    slope, base = np.polyfit(tokens, seconds, 1)
-    if slope < 0 or base < 0:
-        return max(float(np.median(seconds)), 0.0), 0.0
-    return float(base), float(slope)
+    apart = np.subtract.outer(tokens, tokens)
+    slopes = np.subtract.outer(seconds, seconds)[apart > 0] / apart[apart > 0]
+    slope = max(float(np.median(slopes)), 0.0)
+    return max(float(np.median(seconds - slope * tokens)), 0.0), slope

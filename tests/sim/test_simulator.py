@@ -73,11 +73,12 @@ def test_the_hash_seed_does_not_matter():
     patience=st.sampled_from([0.2, 3.0, float("inf")]),
     crash=st.none() | st.floats(0, 5),
     resumable=st.booleans(),
+    intake_s=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=40)
 def test_every_request_has_one_end_and_every_token_one_maker(
-    rate, requests, workers, kv_tokens, patience, crash, resumable, seed
+    rate, requests, workers, kv_tokens, patience, crash, resumable, intake_s, seed
 ):
     load = workloads.dialogue(rate=rate, requests=requests, think_s=0.5, seed=seed)
     jobs = [
@@ -93,7 +94,8 @@ def test_every_request_has_one_end_and_every_token_one_maker(
     crashes = (
         [] if crash is None else [Crash(at=crash, worker="w000", restart_after_s=1)]
     )
-    simulator = Simulator(cluster, crashes=tuple(crashes))
+    engines = EngineSettings(intake_s=intake_s)
+    simulator = Simulator(cluster, settings=engines, crashes=tuple(crashes))
     report = simulator.run(load, fleet(workers, kv_tokens=kv_tokens))
     assert len(report.ids) == requests
     assert all(report.status)
@@ -109,7 +111,7 @@ def test_every_request_has_one_end_and_every_token_one_maker(
     assert (report.output_tokens[done] <= wanted[done]).all()
     if kv_tokens > 50_000:
         assert (report.output_tokens[done] == wanted[done]).all()
-    assert (report.first[done] >= report.dispatched[done]).all()
+    assert (report.first[done] >= report.dispatched[done] + intake_s).all()
     assert (report.ended[done] >= report.first[done]).all()
     view = cluster.view.workers
     assert not view.running_requests.any()
@@ -118,6 +120,51 @@ def test_every_request_has_one_end_and_every_token_one_maker(
     assert not len(cluster.view.waiting)
     for engine in simulator.engines.values():
         engine.model.kv.cache.check()
+        assert not engine.model.held or engine.left_at < float("inf")
+
+
+def test_intake_delays_a_request_and_nobody_else():
+    def run(**intake):
+        settings = EngineSettings(**intake)
+        load = workloads.batch(rate=2.0, requests=20, prompt_tokens=100, seed=1)
+        return load, simulate(llmd.RoundRobin(), load, workers=20, settings=settings)
+
+    (load, late), (_, plain) = run(intake_s=0.1, intake_s_per_token=1e-3), run()
+    tokens = np.array([job.request.prompt_tokens for job in load.jobs])
+    assert late.ttfts - plain.ttfts == pytest.approx(0.1 + tokens * 1e-3)
+    assert late.tpots == pytest.approx(plain.tpots)
+
+
+def test_who_gives_up_on_the_way_to_an_engine_never_reaches_it():
+    load = workloads.batch(rate=5.0, requests=10, seed=1)
+    jobs = [attrs.evolve(job, cancel_after_s=0.2) for job in load.jobs]
+    simulator = Simulator(llmd.Cluster(), settings=EngineSettings(intake_s=0.3))
+    report = simulator.run(attrs.evolve(load, jobs=jobs), fleet(1))
+    assert set(report.status) == {"cancelled"}
+    (engine,) = simulator.engines.values()
+    assert not engine.model.held
+    assert not engine.model.log
+
+
+@pytest.mark.parametrize("at", [0.05, 0.15])
+def test_who_is_on_the_way_to_an_engine_that_dies_goes_to_another(at):
+    load = workloads.batch(rate=1e3, requests=10, seed=1)
+    simulator = Simulator(
+        llmd.Cluster(router=llmd.LeastLoaded()),
+        settings=EngineSettings(intake_s=0.2),
+        crashes=(Crash(at=at, worker="w000"),),
+    )
+    report = simulator.run(load, fleet(2))
+    assert report.completed == 10
+    assert set(report.worker) == {"w001"}
+    assert report.first.min() >= 0.2
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["intake_s", "intake_s_per_token"])
+def test_an_intake_is_a_time(name, bad):
+    with pytest.raises(InvalidRequest, match="intake"):
+        EngineSettings(**{name: bad})
 
 
 class Raising(llmd.Router):

@@ -11,11 +11,12 @@ from . import plots, traces, workloads
 from .bootstrap import Interval
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
+from .faults import Crash
 from .report import Report, Slo, WorkerLoad
 from .rollout import Rollout
 from .sequence import EngineSettings
 from .shares import Share, Shares, shares
-from .simulator import Crash, Simulator
+from .simulator import Simulator
 from .study import Comparison, compare
 from .worker import ModelWorker
 from .workload import Job, Workload

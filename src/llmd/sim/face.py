@@ -13,9 +13,10 @@ from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
+from .faults import Crash
 from .report import Report, Slo
 from .sequence import EngineSettings
-from .simulator import Crash, Simulator
+from .simulator import Simulator
 from .workload import Workload
 
 Policy: TypeAlias = Router | Cluster | Callable[[], Cluster]

@@ -16,6 +16,7 @@ from ..cluster import Cluster
 from ..errors import InvalidRequest, PolicyError
 from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
+from .faults import Crash
 from .ledger import Ledger
 from .links import Links
 from .outcome import Outcome
@@ -23,21 +24,6 @@ from .report import Report, Slo
 from .sequence import EngineSettings, Sequence
 from .worker import ModelWorker
 from .workload import Job, Workload
-
-
-@attrs.frozen(kw_only=True)
-class Crash:
-    """A worker dies.
-
-    Attributes:
-        at: When.
-        worker: Which; nothing happens if it is gone.
-        restart_after_s: Seconds until another joins in its place; inf: never.
-    """
-
-    at: float
-    worker: WorkerId
-    restart_after_s: float = math.inf
 
 
 @attrs.define(eq=False)

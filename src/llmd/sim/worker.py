@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
 from collections import deque
 
 import attrs
@@ -28,6 +27,7 @@ from .. import events as e
 from ..machines import Machine, merged_context
 from ..types import RequestId, Signals, Tier, Worker
 from .decoding import Decoding
+from .gauges import Gauges
 from .residency import Residency
 from .sequence import EngineSettings, Sequence
 from .steps import Run
@@ -84,19 +84,13 @@ class ModelWorker:
     _prompt_tokens: int = attrs.field(default=0, init=False)
     _loading: int = attrs.field(default=0, init=False)
     _aborted: bool = attrs.field(default=False, init=False)
-    # When those came whom its metrics may not know yet, when the last step of the
-    # run before began, and what its metrics said when that ended.
-    _came: list[float] = attrs.field(factory=list, init=False)
-    _last_step_at: float = attrs.field(default=-math.inf, init=False)
-    _signals: Signals = attrs.field(
-        default=Signals(waiting_requests=0.0, running_requests=0.0, kv_usage=0.0),
-        init=False,
-    )
+    _gauges: Gauges = attrs.field(init=False)
     _missed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.kv = Residency(self.worker, self.settings, self._events)
         self._decoding = Decoding(self.worker.block_tokens)
+        self._gauges = Gauges(self.settings.steps_ahead)
         # One token of each step is left for a prompt, so that none starves.
         self._places = min(self.worker.max_running, self.settings.step_tokens - 1)
 
@@ -111,31 +105,16 @@ class ModelWorker:
         return bool(self._events)
 
     def signals(self, now: float) -> Signals:
-        """Return what its metrics say, which it sets at the end of each step.
-
-        So who came during the step under way is not in them yet, and an idle
-        engine that is given a long prompt seems idle until that is computed.
-        """
+        """Return what its metrics say, which it sets at the end of each step."""
         run = self._run
         step = 1 if run is None else run.steps_by(now)
         if run is None or step == 1:
-            return self._signals
-        return self._measured(self._unseen_since(run, step - 1))
+            return self._gauges.said
+        return self._measured(self._gauges.unseen(run, step - 1))
 
-    def _unseen_since(self, run: Run, steps: int) -> float:
-        """Return since when newcomers were not seen by the end of some *steps*.
-
-        Who came during a step is taken in when it has ended; and where the next is
-        scheduled ahead, the one after it before the metrics of that are set.
-        """
-        before = steps - 1 - self.settings.steps_ahead
-        return run.after(before) if before >= 0 else self._last_step_at
-
-    def _measured(self, since: float) -> Signals:
-        """Return what its metrics say, those who came after *since* not counted."""
+    def _measured(self, unseen: int) -> Signals:
+        """Return what its metrics say, *unseen* of those that wait not counted."""
         running = len(self._decoding) + len(self._completing)
-        came = self._came
-        unseen = len(came) - bisect_left(came, since)
         return Signals(
             waiting_requests=float(max(self._queued - unseen, 0)),
             running_requests=float(running + (self._partial is not None)),
@@ -170,7 +149,7 @@ class ModelWorker:
         run = self._run
         if run is None:
             return self.plan(now)
-        self._came.append(now)
+        self._gauges.came(now)
         if self.settings.steps_ahead:
             sequence.missed = run.end_of_step(now)
         first = self._queued == 1 or self.settings.by_priority
@@ -253,10 +232,8 @@ class ModelWorker:
         for sequence in completing:
             self._prefilled(sequence, now)
         self.kv.publish_evicted(now)
-        since = self._unseen_since(run, run.steps)
-        self._signals = self._measured(since)
-        self._last_step_at = run.after(run.steps - 1)
-        del self._came[: bisect_left(self._came, since)]
+        gauges = self._gauges
+        gauges.ended(run, self._measured(gauges.unseen(run, run.steps)))
 
     def _push(self, sequence: Sequence) -> None:
         rank = sequence.request.priority if self.settings.by_priority else 0

@@ -1,0 +1,24 @@
+"""What goes wrong in a simulated fleet."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from ..types import WorkerId
+
+
+@attrs.frozen(kw_only=True)
+class Crash:
+    """A worker dies.
+
+    Attributes:
+        at: When.
+        worker: Which; nothing happens if it is gone.
+        restart_after_s: Seconds until another joins in its place; inf: never.
+    """
+
+    at: float
+    worker: WorkerId
+    restart_after_s: float = math.inf
