@@ -56,12 +56,12 @@ class Prober:
     async def run(self) -> None:
         """Ask, and add to what was found before."""
         sizes, steps, rests = self.sizes, len(self.steps), len(self.rests)
-        await self._prefill(max(sizes.prompts), 0)
+        await self.prefill(max(sizes.prompts), 0)
         await self.decode(max(sizes.batches), 32)
         del self.steps[steps:], self.rests[rests:]  # that was to warm up
         for context in sizes.contexts:
             for tokens in sizes.prompts:
-                await self._prefill(tokens, context)
+                await self.prefill(tokens, context)
         await self._chunks(4)
         for context in sizes.contexts:
             for requests in sizes.batches:
@@ -71,7 +71,7 @@ class Prober:
             for ahead in (0, context):
                 await self._mixed(tokens, ahead, requests, context)
 
-    async def _prefill(self, tokens: int, context: int) -> None:
+    async def prefill(self, tokens: int, context: int) -> None:
         """Ask an idle engine."""
         head = self._tokens(context)
         if context:
@@ -133,7 +133,7 @@ class Prober:
             joins(),
             *(self._told([*head, *self._tokens(1)], 60, times) for times in running),
         )
-        step = statistics.median([_longer(times, *span) for times in running])
+        step = statistics.median([longer(times, *span) for times in running])
         at = requests * (context + 20.0)
         self.steps.append(Step(len(own), ahead, requests, at, step))
 
@@ -185,7 +185,7 @@ class Prober:
         return tokens
 
 
-def _longer(times: Sequence[float], asked: float, came: float) -> float:
+def longer(times: Sequence[float], asked: float, came: float) -> float:
     """Return the one step between *asked* and *came* that was not like the others."""
     first = int(np.searchsorted(times, asked)) - 1
     last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)

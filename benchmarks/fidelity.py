@@ -32,6 +32,7 @@ from typing import Any
 import attrs
 import numpy as np
 from _engine_probe import Prober, intake
+from _sites import CPU, GPU, Site
 
 import llmd
 from llmd.adapters.vllm.engine import VllmEngine
@@ -39,130 +40,11 @@ from llmd.live import Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
 from llmd.machines import Machine
 from llmd.machines.fit import errors, fit_from_probe
-from llmd.sim import EngineSettings, Report, Workload, simulate, workloads
+from llmd.sim import EngineSettings, Report, Workload, simulate
 
 NAMES = ("dialogue", "documents", "batch", "shared_prefix")
 LOADS = (0.3, 0.6, 0.85)
 WITHIN = {"tpot": 0.10, "e2e": 0.10, "ttft_p50": 0.15, "ttft_p99": 0.30}
-
-
-@attrs.frozen(kw_only=True)
-class Site:
-    """What runs where.
-
-    Attributes:
-        shape: Of the model, for its config.json.
-        options: Of each engine.
-        step_tokens: Most tokens a step computes.
-        prompts: Lengths to probe, in one step each.
-        contexts: Cached tokens ahead of them.
-        batches: Requests that decode together.
-        scale: Of the workloads' lengths.
-    """
-
-    shape: dict[str, Any]
-    options: dict[str, Any]
-    step_tokens: int
-    prompts: tuple[int, ...]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    scale: float
-
-    @property
-    def vocabulary(self) -> int:
-        """Ids of tokens are below it."""
-        return int(self.shape["vocab_size"])
-
-    def workload(self, name: str, rate: float, requests: int) -> Workload:
-        """Make one of the four kinds."""
-        size = self.scale
-        common: dict[str, Any] = {"rate": rate, "requests": requests, "seed": 11}
-
-        def of(tokens: float) -> int:
-            return max(int(tokens * size), 8)
-
-        if name == "dialogue":
-            return workloads.dialogue(
-                turns=4.0,
-                system_tokens=of(400),
-                question_tokens=of(60),
-                answer_tokens=of(180),
-                think_s=2.0,
-                **common,
-            )
-        if name == "documents":
-            return workloads.documents(
-                document_tokens=of(2400),
-                question_tokens=of(60),
-                answer_tokens=of(100),
-                **common,
-            )
-        if name == "batch":
-            return workloads.batch(
-                prompt_tokens=of(400), answer_tokens=of(240), **common
-            )
-        return workloads.shared_prefix(
-            groups=12,
-            users_per_group=4,
-            system_tokens=of(1600),
-            question_tokens=of(160),
-            answer_tokens=of(160),
-            **common,
-        )
-
-
-def _shape(hidden: int, layers: int, heads: int, kv_heads: int, **more: int) -> dict:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "use_sliding_window": False,
-        "max_position_embeddings": 32_768,
-        **more,
-    }
-
-
-CPU = Site(
-    shape=_shape(512, 4, 8, 4, intermediate_size=1408, vocab_size=2048),
-    options={
-        "max_model_len": 4096,
-        "max_num_batched_tokens": 512,
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 96 << 20,
-    },
-    step_tokens=512,
-    prompts=(16, 48, 128, 256, 384, 500),
-    contexts=(0, 512, 1536),
-    batches=(1, 2, 4, 8, 12, 16),
-    scale=0.25,
-)
-GPU = Site(
-    shape={
-        **_shape(3584, 28, 28, 4, intermediate_size=18_944, vocab_size=152_064),
-        "torch_dtype": "bfloat16",
-    },
-    options={
-        "max_model_len": 16_384,
-        "max_num_batched_tokens": 2048,
-        "max_num_seqs": 128,
-        "kv_cache_memory_bytes": 24 << 30,
-        "gpu_memory_utilization": 0.6,
-    },
-    step_tokens=2048,
-    prompts=(64, 256, 512, 1024, 1536, 2000),
-    contexts=(0, 2048, 8192),
-    batches=(1, 4, 16, 32, 64, 128),
-    scale=1.0,
-)
 
 
 def figures(report: Report) -> dict[str, float]:
@@ -208,6 +90,25 @@ class Fleet:
         )
 
 
+@contextlib.asynccontextmanager
+async def started(
+    site: Site, engines: int
+) -> AsyncIterator[tuple[Server, list[VllmEngine]]]:
+    """Start engines, and give this thread the first place at the cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(site.shape))
+        async with Server(llmd.Cluster()) as server:
+            made = [_engine(site, folder) for _ in range(engines)]
+            for number, engine in enumerate(made):
+                await server.add(engine, f"w{number}")
+                if site is CPU:
+                    _pin(engine, number)
+            # The engines take every core there is: let this thread have its turn.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+            yield server, made
+
+
 async def measure(
     site: Site,
     engines: int,
@@ -216,73 +117,82 @@ async def measure(
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Probe, fit, and run *cells*; have *keep* keep all figures so far."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(site.shape))
-        async with Server(llmd.Cluster()) as server:
-            made = [_engine(site, folder) for _ in range(engines)]
-            for number, engine in enumerate(made):
-                await server.add(engine, f"w{number}")
-            if site is CPU:
-                for core, engine in enumerate(made):
-                    _pin(engine, core)
-            # The engines take every core there is: let this thread have its turn.
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-            begun = time.perf_counter()
-            probers = [Prober(engine, site) for engine in made]
-            # At once, as they share a host and slow each other down.
-            await asyncio.gather(*(prober.run() for prober in probers))
-            probed_s = time.perf_counter() - begun
-            steps = [step for prober in probers for step in prober.steps]
-            start = Machine(graph_tokens=_graph_tokens(made[0]))
-            machine = fit_from_probe(steps, start)
-            fit = errors(machine, steps)
-            print(f"probed {probed_s:.0f} s; fit: {fit}", flush=True)
-            facts = [*server.cluster.view.workers.facts]
-            rests = [rest for prober in probers for rest in prober.rests]
-            base, each = intake(rests)
-            print(f"intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token")
-            scheduling = made[0]._llm.vllm_config.scheduler_config
-            settings = EngineSettings(
-                step_tokens=site.step_tokens,
-                steps_ahead=int(scheduling.async_scheduling),
-                intake_s=base,
-                intake_s_per_token=each,
-            )
-            fleet = Fleet(facts, machine, settings)
-            found: dict[str, Any] = {
-                "probe_s": probed_s,
-                "fit": attrs.asdict(fit),
-                "machine": {
-                    name: value
-                    for name, value in attrs.asdict(machine).items()
-                    if isinstance(value, float)
-                },
-                "steps": [attrs.astuple(step) for step in steps],
-                "intake": [base, each],
-                "rests": rests,
-                "rows": [],
-            }
+    async with started(site, engines) as (server, made):
+        begun = time.perf_counter()
+        probers = [Prober(engine, site) for engine in made]
+        # At once, as they share a host and slow each other down.
+        await asyncio.gather(*(prober.run() for prober in probers))
+        probed_s = time.perf_counter() - begun
+        fleet, found = _fitted(server, made[0], probers)
+        found["probe_s"] = probed_s
+        print(f"probed {probed_s:.0f} s", flush=True)
+        keep(found)
+        async for row in _grid(server, site, fleet, seconds, cells):
+            found["rows"].append(row)
             keep(found)
-            async for row in _grid(server, site, fleet, seconds, cells):
-                found["rows"].append(row)
-                keep(found)
 
 
-async def watch(site: Site, seconds: float) -> None:
-    """Ask one engine for the same steps again and again, alone, and print them."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(site.shape))
-        async with Server(llmd.Cluster()) as server:
-            engine = _engine(site, folder)
-            await server.add(engine, "w0")
-            prober = Prober(engine, site)
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                await prober.decode(4, 512)
-    steps = [step.seconds for step in prober.steps]
-    shown = [f"{1e3 * value:.2f}" for value in np.quantile(steps, (0.05, 0.5, 0.95))]
-    print(f"{len(steps)} times 40 steps of 4 requests: {shown} ms (p5, p50, p95)")
+def _fitted(
+    server: Server, engine: VllmEngine, probers: Sequence[Prober]
+) -> tuple[Fleet, dict[str, Any]]:
+    """Return the fleet as the probe says it is, and that in figures."""
+    steps = [step for prober in probers for step in prober.steps]
+    rests = [rest for prober in probers for rest in prober.rests]
+    machine = fit_from_probe(steps, Machine(graph_tokens=_graph_tokens(engine)))
+    fit = errors(machine, steps)
+    base, each = intake(rests)
+    print(f"fit: {fit}; intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token")
+    scheduling = engine._llm.vllm_config.scheduler_config
+    settings = EngineSettings(
+        step_tokens=scheduling.max_num_batched_tokens,
+        steps_ahead=int(scheduling.async_scheduling),
+        intake_s=base,
+        intake_s_per_token=each,
+    )
+    facts = [*server.cluster.view.workers.facts]
+    found: dict[str, Any] = {
+        "fit": attrs.asdict(fit),
+        "machine": {
+            name: value
+            for name, value in attrs.asdict(machine).items()
+            if isinstance(value, float)
+        },
+        "steps": [attrs.astuple(step) for step in steps],
+        "intake": [base, each],
+        "rests": rests,
+        "rows": [],
+    }
+    return Fleet(facts, machine, settings), found
+
+
+async def watch(site: Site, engines: int, seconds: float) -> None:
+    """Time the same steps again and again: of each engine alone, then of all."""
+
+    async def spend(prober: Prober) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            await prober.decode(4, 512)
+            await prober.prefill(128, 0)
+
+    def show(name: str) -> None:
+        steps = [step for prober in probers for step in prober.steps]
+        for kind in (True, False):
+            times = [s.seconds for s in steps if (s.prefill_tokens > 0) == kind]
+            low, middle, high = 1e3 * np.quantile(times, (0.05, 0.5, 0.95))
+            what = "a prompt of 100 to 128 tokens" if kind else "a token of 4 requests"
+            print(f"{name}: {what} {low:.2f}, {middle:.2f}, {high:.2f} ms", flush=True)
+
+    async with started(site, engines) as (_, made):
+        probers = [Prober(engine, site) for engine in made]
+        for prober in probers:
+            await prober.prefill(500, 0)
+            prober.steps.clear()
+            await spend(prober)
+        show("alone (p5, p50, p95)")
+        for prober in probers:
+            prober.steps.clear()
+        await asyncio.gather(*map(spend, probers))
+        show("at once")
 
 
 async def _grid(
@@ -381,7 +291,7 @@ def main() -> None:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 
     if options.watch:
-        asyncio.run(watch(site, options.watch))
+        asyncio.run(watch(site, options.engines or engines, options.watch))
         return
     count = options.engines or engines
     asyncio.run(measure(site, count, options.seconds, cells, keep))

@@ -1,0 +1,128 @@
+"""Models, engines and workloads of `fidelity.py`: a small site and a large one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from llmd.sim import Workload, workloads
+
+
+@attrs.frozen(kw_only=True)
+class Site:
+    """What runs where.
+
+    Attributes:
+        shape: Of the model, for its config.json.
+        options: Of each engine.
+        step_tokens: Most tokens a step computes.
+        prompts: Lengths to probe, in one step each.
+        contexts: Cached tokens ahead of them.
+        batches: Requests that decode together.
+        scale: Of the workloads' lengths.
+    """
+
+    shape: dict[str, Any]
+    options: dict[str, Any]
+    step_tokens: int
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    scale: float
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids of tokens are below it."""
+        return int(self.shape["vocab_size"])
+
+    def workload(self, name: str, rate: float, requests: int) -> Workload:
+        """Make one of the four kinds."""
+        size = self.scale
+        common: dict[str, Any] = {"rate": rate, "requests": requests, "seed": 11}
+
+        def of(tokens: float) -> int:
+            return max(int(tokens * size), 8)
+
+        if name == "dialogue":
+            return workloads.dialogue(
+                turns=4.0,
+                system_tokens=of(400),
+                question_tokens=of(60),
+                answer_tokens=of(180),
+                think_s=2.0,
+                **common,
+            )
+        if name == "documents":
+            return workloads.documents(
+                document_tokens=of(2400),
+                question_tokens=of(60),
+                answer_tokens=of(100),
+                **common,
+            )
+        if name == "batch":
+            return workloads.batch(
+                prompt_tokens=of(400), answer_tokens=of(240), **common
+            )
+        return workloads.shared_prefix(
+            groups=12,
+            users_per_group=4,
+            system_tokens=of(1600),
+            question_tokens=of(160),
+            answer_tokens=of(160),
+            **common,
+        )
+
+
+def _shape(hidden: int, layers: int, heads: int, kv_heads: int, **more: int) -> dict:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32_768,
+        **more,
+    }
+
+
+CPU = Site(
+    shape=_shape(512, 4, 8, 4, intermediate_size=1408, vocab_size=2048),
+    options={
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 96 << 20,
+    },
+    step_tokens=512,
+    prompts=(16, 48, 128, 256, 384, 500),
+    contexts=(0, 512, 1536),
+    batches=(1, 2, 4, 8, 12, 16),
+    scale=0.25,
+)
+GPU = Site(
+    shape={
+        **_shape(3584, 28, 28, 4, intermediate_size=18_944, vocab_size=152_064),
+        "torch_dtype": "bfloat16",
+    },
+    options={
+        "max_model_len": 16_384,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 128,
+        "kv_cache_memory_bytes": 24 << 30,
+        "gpu_memory_utilization": 0.6,
+    },
+    step_tokens=2048,
+    prompts=(64, 256, 512, 1024, 1536, 2000),
+    contexts=(0, 2048, 8192),
+    batches=(1, 4, 16, 32, 64, 128),
+    scale=1.0,
+)
