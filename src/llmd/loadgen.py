@@ -127,15 +127,15 @@ class LoadGenerator:
         outcome = self._ledger.outcomes[job.id]
         # Measured from when it was due: a late start is no excuse.
         outcome.arrived = at
-        status = "completed"
+        patience = asyncio.timeout(min(self.deadline_s, job.cancel_after_s))
         try:
-            patience = min(self.deadline_s, job.cancel_after_s)
-            async with asyncio.timeout(patience):
+            async with patience:
                 await self._ask(outcome, sent)
-        except TimeoutError:
-            status = "cancelled"
-        except LlmdError as error:
+            status = "completed" if outcome.generated else "no token came"
+        except Exception as error:  # whatever it is, others are still measured
             status = f"{type(error).__name__}: {error}"
+            if patience.expired():
+                status = "cancelled"
         ended = self._now()
         for follower in self._ledger.close(job.id, status, ended):
             due = ended + follower.think_s
@@ -243,6 +243,7 @@ class LoadGenerator:
             preemptions=0,
             runs=runs,
             kv_blocks=kv_blocks,
+            modelled=False,
         )
 
     def _check(self, report: Report) -> None:

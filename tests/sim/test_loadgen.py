@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import llmd
-from llmd.live import Engine, Output, Server
+from llmd.live import Call, Engine, Output, Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
-from llmd.sim import workloads
+from llmd.sim import plots, workloads
+from llmd.sim.benchmark_report import benchmark_report
 from llmd.sim.prompts import SegmentPrompt, tokens_of
 
 
@@ -123,3 +124,53 @@ def test_made_up_tokens_share_what_their_names_share():
     assert (one[1024:1536] == two[1024:1536]).mean() < 0.01
     real = tokens_of(SegmentPrompt([(1, 10), (2, 20)]), vocabulary=100)
     assert real.max() < 100
+
+
+@attrs.define(eq=False)
+class FailingEngine(PacedEngine):
+    """Raises, or answers nothing, by request."""
+
+    async def generate(self, call):
+        number = int(call.request.id.removeprefix("batch"))
+        if number == 0:
+            raise OSError("no route to the engine")
+        if number == 1:
+            raise TimeoutError("connect timed out")
+        if number == 2:
+            return
+        async for output in PacedEngine.generate(self, call):
+            yield output
+
+
+@attrs.define(eq=False)
+class Direct:
+    """A fleet of one engine with nothing between."""
+
+    engine: FailingEngine
+    cluster: llmd.Cluster
+
+    async def generate(self, request, sampling=None):
+        async for output in self.engine.generate(Call(request=request, sampling={})):
+            yield output
+
+
+async def test_one_that_fails_is_told_and_the_others_are_measured():
+    load = workloads.batch(requests=6, rate=100.0, answer_tokens=3)
+    fleet = Direct(FailingEngine(first=0.0), llmd.Cluster())
+    report = await LoadGenerator(fleet, most_lag=np.inf).run(load)
+    status = dict(zip(report.ids, report.status, strict=True))
+    assert status["batch0"] == "OSError: no route to the engine"
+    assert status["batch1"] == "TimeoutError: connect timed out"
+    assert status["batch2"] == "no token came"
+    assert report.completed == 3
+
+
+async def test_a_report_of_real_engines_invents_nothing_of_them():
+    report, _, _ = await drive(LOAD)
+    document = benchmark_report(report)
+    assert "kv_cache_usage" not in str(document)
+    assert "preemptions" not in str(document)
+    pytest.importorskip("matplotlib")
+    figure = plots.gantt(report)
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert max(heights) <= 0.9 + 1e-9

@@ -279,3 +279,51 @@ def test_a_simulator_runs_once():
     simulator.run(workloads.batch(requests=2), fleet(1))
     with pytest.raises(InvalidRequest, match="runs once"):
         simulator.run(workloads.batch(requests=2), fleet(1))
+
+
+def test_a_trace_may_begin_at_any_time():
+    load = workloads.batch(rate=20.0, requests=200, answer_tokens=50, seed=1)
+
+    def shifted(by):
+        jobs = [
+            attrs.evolve(
+                job,
+                at=job.at + by,
+                request=attrs.evolve(job.request, deadline=job.at + by + 60.0),
+            )
+            for job in load
+        ]
+        moved = attrs.evolve(load, jobs=jobs)
+        return simulate(llmd.LeastLoaded(), moved, workers=2).summary()
+
+    now, later = shifted(0.0), shifted(1.7e9)
+    assert later["worker_hours"] == pytest.approx(now["worker_hours"], rel=1e-3)
+    assert later["utilisation"] == pytest.approx(now["utilisation"], rel=1e-3)
+
+
+def test_jobs_in_a_ring_are_refused():
+    one, two = workloads.batch(requests=2).jobs
+    ring = [attrs.evolve(one, follows=two.id), attrs.evolve(two, follows=one.id)]
+    load = attrs.evolve(workloads.batch(requests=1), jobs=ring)
+    with pytest.raises(InvalidRequest, match="ring"):
+        simulate(llmd.RoundRobin(), load)
+
+
+@pytest.mark.parametrize("bad", [{"at": -1.0}, {"at": float("nan")}, {"think_s": -1.0}])
+def test_a_job_comes_at_a_time(bad):
+    [job] = workloads.batch(requests=1).jobs
+    with pytest.raises(InvalidRequest):
+        attrs.evolve(job, **bad)
+
+
+@pytest.mark.parametrize("at", [-1.0, float("nan")])
+def test_a_crash_comes_at_a_time(at):
+    with pytest.raises(InvalidRequest):
+        Crash(at=at, worker="w")
+
+
+def test_what_workers_generated_is_what_requests_got():
+    load = workloads.batch(rate=20.0, requests=40, answer_tokens=30, seed=1)
+    report = simulate(llmd.LeastLoaded(), load, workers=2)
+    made = sum(worker.output_tokens for worker in report.workers)
+    assert made == report.output_tokens.sum()

@@ -3,6 +3,7 @@
 import json
 import math
 
+import attrs
 import numpy as np
 import pytest
 
@@ -29,8 +30,8 @@ def test_arrivals_are_paired_and_processes_change_nothing():
     ours, first = study.reports["delay"], study.reports["rr"]
     for one, other in zip(ours, first, strict=True):
         assert (one.arrived == other.arrived).all()
-    difference = study.difference("delay", "ttft")
-    assert difference.high < 0
+    assert study.mean_delta("delay", "ttft").high < 0
+    assert study.difference("delay", "ttft", 50).high < 0
     assert study.mean("delay", "hit_rate") > study.mean("rr", "hit_rate")
 
 
@@ -158,3 +159,78 @@ def test_the_schema_of_llm_d_accepts_a_report(requests):
     assert aggregate.requests.failures == requests - report.completed
     assert aggregate.latency.time_to_first_token.p90 == report.ttft(90)
     assert benchmark_report(report)["run"]["uid"] == document["run"]["uid"]
+
+
+SMALL = workloads.batch(rate=5.0, requests=60, answer_tokens=50, seed=1)
+KEPT = Slo(ttft_s=1.0, tpot_s=0.05)
+
+
+def test_bounds_of_a_search_are_tried_and_told():
+    few = {"workers": 1, "policies": [llmd.LeastLoaded()]}
+    few |= {"workload": SMALL, "slo": KEPT}
+    [above] = capacities(between=(1e4, 2e4), **few | {"slo": Slo(e2e_s=0.3)}).values()
+    assert above.rate == 0.0
+    assert not above.open
+    [below] = capacities(between=(0.1, 0.2), **few).values()
+    assert below.rate == 0.2
+    assert "at least" in repr(below)
+    [zero] = capacities(between=(0.0, 1000.0), **few | {"slo": Slo(ttft_s=0.1)}).values()
+    [free] = capacities(**few | {"slo": Slo(ttft_s=0.1)}).values()
+    assert zero.rate == pytest.approx(free.rate, rel=0.1)
+
+
+def test_a_burst_that_saturates_nobody_is_called_one():
+    load = workloads.batch(requests=20, answer_tokens=20)
+    found = capacity(llmd.LeastLoaded(), load, Slo(ttft_s=5.0), workers=8)
+    assert found.rate > 1e4
+    assert not found.sustained
+    assert "burst" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"between": (5.0, 1.0)}, {"precision": 0.0}, {"between": (-1.0, 2.0)}]
+)
+def test_a_search_that_could_not_end_is_refused(bad):
+    with pytest.raises(InvalidRequest, match="cannot search"):
+        capacities([llmd.LeastLoaded()], SMALL, KEPT, **bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"attainment": 90}, {"attainment": 0.0}, {"ttft_s": -1.0}]
+)
+def test_an_slo_that_cannot_be_meant_is_refused(bad):
+    with pytest.raises(InvalidRequest):
+        Slo(**bad)
+
+
+def test_a_run_is_not_given_up_at_a_miss_that_the_slo_allows():
+    load = workloads.batch(rate=0.1, requests=10, answer_tokens=5, seed=1)
+    long = llmd.Request(id="long", prompt=range(50_000))
+    jobs = [*load.jobs[:3], attrs.evolve(load.jobs[3], request=long), *load.jobs[4:]]
+    load, slo = attrs.evolve(load, jobs=jobs), Slo(ttft_s=0.2)
+    whole = simulate(llmd.LeastLoaded(), load, workers=1)
+    hasty = simulate(llmd.LeastLoaded(), load, workers=1, give_up=slo)
+    assert (whole.ttfts > 0.2).sum() == 1
+    assert whole.meets(slo)
+    assert hasty.meets(slo)
+    assert hasty.completed == 10
+
+
+def test_more_seeds_of_the_same_jobs_are_not_more_jobs():
+    load = workloads.batch(rate=20.0, requests=300, seed=2).first(300)
+
+    def width(seeds):
+        study = compare([llmd.LeastLoaded()], load, seeds=seeds, workers=2)
+        found = study.figure("LeastLoaded", "ttft")
+        return found.high - found.low
+
+    assert width(8) > 0.6 * width(1)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InvalidRequest, match="in a list"):
+        compare(llmd.RoundRobin(), SMALL)
+    with pytest.raises(InvalidRequest, match="seeds"):
+        compare([llmd.RoundRobin()], SMALL, seeds=0)
+    with pytest.raises(InvalidRequest, match="itl"):
+        compare([llmd.RoundRobin()], SMALL).figure("RoundRobin", "itl")

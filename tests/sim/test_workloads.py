@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 
+import attrs
 import numpy as np
 import pytest
 
@@ -230,12 +231,97 @@ def test_a_catalogue_profile_has_its_means(tmp_path):
 
 def test_a_broken_file_says_which_line(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"timestamp": 0}\nnot json\n')
-    with pytest.raises((InvalidRequest, KeyError)):
+    good = '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}'
+    for bad in (
+        '{"timestamp": 0}',
+        "not json",
+        "[]",
+        good.replace('"timestamp": 0', '"timestamp": NaN'),
+        good.replace('"timestamp": 0', '"timestamp": -5'),
+        good.replace("9", '"nine"'),
+        good.replace("[1]", "[-1]"),
+        good.replace("[1]", "7"),
+    ):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(InvalidRequest, match=r"bad.jsonl, line 2"):
+            traces.mooncake(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRequest, match="no text"):
         traces.mooncake(path)
-    path.write_text("not json\n")
-    with pytest.raises(InvalidRequest, match="line 1"):
-        traces.mooncake(path)
+
+
+def test_azure_rows_may_have_zones_and_whole_seconds_and_any_order(tmp_path):
+    path = tmp_path / "azure.csv"
+    path.write_text(
+        "\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2024-05-10 00:00:02.5000000+00:00,10,2\n"
+        "2024-05-10 00:00:01+00:00,20,3\n"
+        "2024-05-10 00:00:04.2500000,30,4\n"
+    )
+    assert [job.at for job in traces.azure(path)] == [0.0, 1.5, 3.25]
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nnever,1,1\n")
+    with pytest.raises(InvalidRequest, match="line 2"):
+        traces.azure(path)
+
+
+@pytest.mark.parametrize("change", ["at_rate", "jittered"])
+def test_followers_move_with_whom_they_follow(change, tmp_path):
+    load = workloads.dialogue(rate=4.0, requests=300, seed=1)
+    moved = load.at_rate(1.0) if change == "at_rate" else load.jittered(50.0)
+    before = {}
+    for job in moved:
+        assert not job.follows or before[job.follows].at <= job.at
+        before[job.id] = job
+    few = [sum(bool(job.follows) for job in w.first(100)) for w in (load, moved)]
+    assert few[1] > few[0] / 2
+    traces.write_mooncake(moved, tmp_path / "out.jsonl")
+    assert len(traces.mooncake(tmp_path / "out.jsonl")) == 300
+
+
+def test_deadlines_move_with_arrivals():
+    load = workloads.batch(rate=10.0, requests=20)
+    jobs = [
+        attrs.evolve(job, request=attrs.evolve(job.request, deadline=job.at + 5.0))
+        for job in load
+    ]
+    load = attrs.evolve(load, jobs=jobs)
+    for moved in (load.at_rate(1.0), load.jittered(30.0)):
+        for job in moved:
+            assert job.request.deadline == pytest.approx(job.at + 5.0)
+
+
+def test_a_jittered_workload_stays_so_from_seed_to_seed():
+    load = workloads.shared_prefix(rate=10.0, requests=60).jittered(200.0)
+    assert load.seeded(3).span_s > 100.0
+    assert load.at_rate(100.0).seeded(3).span_s < 10.0
+
+
+def test_long_medians_are_what_they_say():
+    load = workloads.batch(requests=400, prompt_tokens=50_000, answer_tokens=20_000)
+    prompts = sorted(job.request.prompt_tokens for job in load)
+    answers = sorted(job.output_tokens for job in load)
+    assert prompts[200] == pytest.approx(50_000, rel=0.1)
+    assert answers[200] == pytest.approx(20_000, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "bad"),
+    [
+        (workloads.batch, {"prompt_tokens": -5}),
+        (workloads.batch, {"answer_tokens": float("nan")}),
+        (workloads.batch, {"burstiness": float("nan")}),
+        (workloads.batch, {"requests": 0}),
+        (workloads.dialogue, {"system_tokens": -5}),
+        (workloads.dialogue, {"system_prompts": 0}),
+        (workloads.dialogue, {"seed": -1}),
+        (workloads.documents, {"questions_per_document": 0.5}),
+        (workloads.shared_prefix, {"groups": 0}),
+        (workloads.mixed, {"requests": 0}),
+    ],
+)
+def test_generators_refuse_what_makes_no_workload(make, bad):
+    with pytest.raises(InvalidRequest):
+        make(**bad)
 
 
 def test_jitter_moves_later_by_less_than_its_width(sample):

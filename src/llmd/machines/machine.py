@@ -118,6 +118,7 @@ class Machine:
             name=f"{hardware.name}/{shape.name}",
             prefill_floor_s=floor,
             decode_floor_s=floor,
+            graph_floor_s=floor,
             knee=part.knee,
             prefill_s_per_token=2 * shape.layer_weights / (flops * part.compute),
             attention_s_per_token2=shape.attention_flops / (flops * part.attention),
@@ -195,7 +196,7 @@ class Machine:
     def _floor_s(self, tokens: Amount) -> Amount | float:
         """Return the floor of steps with part of a prompt and *tokens* in all."""
         floors = self.graph_floor_s, self.prefill_floor_s
-        small = tokens <= self.graph_tokens
+        small = (tokens <= self.graph_tokens) & (self.graph_tokens > 0)
         if isinstance(small, np.ndarray):
             chosen: Floats = np.where(small, *floors)
             return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..errors import InvalidRequest
@@ -25,7 +27,7 @@ def gamma(
         burstiness: Squared coefficient of variation of the gaps: 1 is Poisson,
             more comes in bursts, less is more even (0 exactly even).
     """
-    if not rate > 0 or burstiness < 0:
+    if not (0.0 < rate < math.inf and 0.0 <= burstiness < math.inf):
         raise InvalidRequest(
             f"rate {rate} and burstiness {burstiness} make no arrivals"
         )

@@ -146,6 +146,8 @@ def _aggregate(report: Report) -> dict[str, Any]:
 def _workers(report: Report) -> list[dict[str, Any]]:
     workers = []
     for worker in report.workers:
+        if not worker.modelled:  # what a real engine did is for it to say
+            continue
         there = worker.left_at - worker.joined_at
         runs = worker.runs
         aggregate: dict[str, Any] = {

@@ -95,14 +95,17 @@ def _conversation(
 def _growth(
     profile: _Profile, turns: int, rng: np.random.Generator
 ) -> tuple[int, Floats]:
-    """Return a conversation's own first text and what each turn adds."""
+    """Return a conversation's own text, and what each of its turns adds to it."""
     inputs = profile["input_sequence_length"]
     if "input_sequence_length_per_turn" in profile:
         own = int(_draw(inputs, 1, rng)[0])
         return own, _draw(profile["input_sequence_length_per_turn"], turns, rng)
-    mean_turns = profile.get("number_of_turns", {"mean": 1.0})["mean"]
-    even = float(inputs["mean"]) / max(float(mean_turns), 1.0)
-    return int(even), np.full(turns, even)
+    if "number_of_turns" not in profile:
+        return int(_draw(inputs, 1, rng)[0]), np.zeros(turns)
+    even = float(inputs["mean"]) / max(float(profile["number_of_turns"]["mean"]), 1.0)
+    grown = np.full(turns, even)
+    grown[0] = 0.0  # its first text is its own
+    return int(even), grown
 
 
 def _draw(

@@ -6,6 +6,7 @@ import math
 
 import attrs
 
+from ..errors import InvalidRequest
 from ..types import WorkerId
 
 
@@ -22,3 +23,7 @@ class Crash:
     at: float
     worker: WorkerId
     restart_after_s: float = math.inf
+
+    def __attrs_post_init__(self) -> None:
+        if not (0.0 <= self.at < math.inf and self.restart_after_s >= 0.0):
+            raise InvalidRequest(f"{self!r} has no time")

@@ -59,10 +59,18 @@ class Ledger:
         strangers = ledger._followers.keys() - ledger.outcomes.keys()
         if strangers:
             raise InvalidRequest(f"jobs follow {sorted(strangers)[:3]}: not there")
+        reached = [job.id for job in ledger.heads()]
+        for id in reached:
+            reached += [job.id for job in ledger._followers.get(id, ())]
+        if len(reached) < len(ledger.outcomes):
+            rings = sorted(ledger.outcomes.keys() - set(reached))
+            raise InvalidRequest(f"jobs follow each other in a ring: {rings[:3]}")
         ledger.open = len(ledger.outcomes)
         if give_up is not None:
             ledger._slo = give_up
-            ledger.misses_left = (1.0 - give_up.attainment) * len(workload)
+            # As `Report.meets` counts, whatever floats make of 0.1 * 10.
+            least = math.ceil(give_up.attainment * len(workload) - 1e-9)
+            ledger.misses_left = len(workload) - least
         return ledger
 
     def heads(self) -> Iterator[Job]:

@@ -81,10 +81,11 @@ def gantt(report: Report) -> Figure:
     end = max([worker.left_at for worker in report.workers], default=1.0)
     edges = np.linspace(start, max(end, start + 1e-9), _BINS + 1)
     for row, worker in enumerate(report.workers):
-        prompts = worker.runs[:, 4] > 0
+        runs = worker.runs if worker.modelled else _union(worker.runs)
+        prompts = runs[:, 4] > 0
         below = np.zeros(_BINS)
         for rows, colour in ((prompts, "tab:orange"), (~prompts, "tab:blue")):
-            busy = _busy(worker.runs[rows], edges)
+            busy = _busy(runs[rows], edges)
             axes.bar(
                 edges[:-1],
                 busy * 0.9,
@@ -122,6 +123,18 @@ def _held(begun: Floats, ended: Floats) -> tuple[Floats, Floats]:
     order = np.argsort(times, kind="stable")
     counts: Floats = np.cumsum(steps[order])
     return times[order], counts
+
+
+def _union(runs: Floats) -> Floats:
+    """Return rows that cover the times that any of *runs* does, apart and in order."""
+    merged: list[Floats] = []
+    for run in runs[np.argsort(runs[:, 0], kind="stable")]:
+        if merged and run[0] <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], run[1])
+        else:
+            merged.append(run.copy())
+    rows: Floats = np.array(merged).reshape(len(merged), runs.shape[1])
+    return rows
 
 
 def _busy(runs: Floats, edges: Floats) -> Floats:

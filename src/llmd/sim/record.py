@@ -110,7 +110,7 @@ def read(path: str | Path) -> Iterator[tuple[int, Event, list[Any]]]:
                 continue
             if event is not None:
                 yield at, event, commands
-            event, commands, at = decode(entry["event"]), [], number
+            event, commands, at = _decoded(path, number, entry), [], number
         if event is not None:
             yield at, event, commands
 
@@ -221,4 +221,15 @@ def _parsed(path: str | Path, number: int, line: str) -> dict[str, Any]:
         entry: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise InvalidRequest(f"{path}, line {number}: {error}") from error
+    if not isinstance(entry, dict):
+        raise InvalidRequest(f"{path}, line {number}: {line.strip()[:80]!r}")
     return entry
+
+
+def _decoded(path: str | Path, number: int, entry: dict[str, Any]) -> Event:
+    try:
+        event: Event = decode(entry["event"])
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InvalidRequest(f"{path}, line {number}: {what}") from error
+    return event

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
+from ..errors import InvalidRequest
 from ..types import WorkerId
 from ..view import Floats, Ints, Mask
 from .bootstrap import percentile_of
@@ -42,6 +43,12 @@ class Slo:
     e2e_s: float = math.nan
     attainment: float = 0.9
 
+    def __attrs_post_init__(self) -> None:
+        if not 0.0 < self.attainment <= 1.0:
+            raise InvalidRequest(f"attainment is {self.attainment}, want (0, 1]")
+        if any(bound <= 0.0 for bound in (self.ttft_s, self.tpot_s, self.e2e_s)):
+            raise InvalidRequest(f"{self!r} cannot be kept")
+
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
 class WorkerLoad:
@@ -58,6 +65,8 @@ class WorkerLoad:
         runs: Shape (n, 7): start, end, steps, decoding requests, prompt
             tokens, blocks in use, requests waiting, of each run of steps.
         kv_blocks: Blocks its cache holds.
+        modelled: Its engine was a model.  Of a real one only times between
+            tokens are known, a run each, which overlap.
     """
 
     id: WorkerId
@@ -69,6 +78,7 @@ class WorkerLoad:
     preemptions: int
     runs: Floats
     kv_blocks: int
+    modelled: bool = True
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
@@ -367,7 +377,7 @@ def _load(model: Any, joined_at: float, left_at: float) -> WorkerLoad:
         left_at=max(left_at, joined_at),
         busy_s=float((runs[:, 1] - runs[:, 0]).sum()),
         prompt_tokens=int(runs[:, 4].sum()),
-        output_tokens=int((runs[:, 2] * runs[:, 3]).sum()),
+        output_tokens=int((runs[:, 2] * runs[:, 3]).sum()) + model.begun,
         preemptions=model.preemptions,
         runs=runs,
         kv_blocks=model.worker.kv_blocks,

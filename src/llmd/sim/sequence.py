@@ -6,6 +6,7 @@ import math
 
 import attrs
 
+from ..amounts import as_real
 from ..blocks import Prompt
 from ..errors import InvalidRequest
 from ..hashing import Hashes, process_hasher, seed_of
@@ -50,15 +51,18 @@ class EngineSettings:
     cold_start_s: float = 60.0
 
     def __attrs_post_init__(self) -> None:
-        if self.step_tokens < 1 or self.report_tokens < 1:
+        # One token of a step is for a prompt, one at least for an answer.
+        if not (self.step_tokens >= 2 and self.report_tokens >= 1):
             raise InvalidRequest(f"{self!r} makes no progress")
         if self.steps_ahead not in (0, 1):
             raise InvalidRequest(f"steps_ahead is {self.steps_ahead}, want 0 or 1")
         if not 0.0 <= self.watermark < 1.0:
             raise InvalidRequest(f"watermark is {self.watermark}, want [0, 1)")
-        intake = self.intake_s, self.intake_s_per_token
-        if not all(0.0 <= part < math.inf for part in intake):
-            raise InvalidRequest(f"an intake of {intake} is no time, want [0, inf)")
+        if not self.cpu_blocks >= 0:
+            raise InvalidRequest(f"cpu_blocks is {self.cpu_blocks}, want at least 0")
+        for name in ("intake_s", "intake_s_per_token", "cold_start_s"):
+            if not 0.0 <= as_real(getattr(self, name)) < math.inf:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}, no time")
 
 
 @attrs.define(eq=False)

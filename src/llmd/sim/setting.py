@@ -65,6 +65,8 @@ def named(policies: Policies) -> Mapping[str, Policy]:
     Raises:
         InvalidRequest: There is none, or two have one name.
     """
+    if not isinstance(policies, (Mapping, Sequence)):
+        raise InvalidRequest(f"{policies!r}: pass policies in a list, or by name")
     if not policies:
         raise InvalidRequest("no policy to compare")
     if isinstance(policies, Mapping):
@@ -77,6 +79,8 @@ def named(policies: Policies) -> Mapping[str, Policy]:
 
 def kinds(workload: Workload, seeds: int) -> tuple[Workload, ...]:
     """Return *workload*, or one of its kind for each seed."""
+    if seeds < 1:
+        raise InvalidRequest(f"seeds is {seeds}, must be at least 1")
     if seeds == 1:
         return (workload,)
     return tuple([workload.seeded(seed) for seed in range(seeds)])

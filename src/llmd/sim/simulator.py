@@ -17,6 +17,7 @@ from ..errors import InvalidRequest, PolicyError
 from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
 from .faults import Crash
+from .handover import Handovers, Pair
 from .ledger import Ledger
 from .links import Links
 from .outcome import Outcome
@@ -24,6 +25,9 @@ from .report import Report, Slo
 from .sequence import EngineSettings, Sequence
 from .worker import ModelWorker
 from .workload import Job, Workload
+
+_MOST_IDLE_TICKS = 10_000
+"""In a row that a run waits for an autoscaler when nothing else is to come."""
 
 
 @attrs.define(eq=False)
@@ -79,22 +83,22 @@ class Simulator:
     engines: dict[WorkerId, _Engine] = attrs.field(factory=dict, init=False)
     ledger: Ledger = attrs.field(factory=Ledger, init=False)
     now: float = attrs.field(default=0.0, init=False)
-    _links: Links = attrs.field(init=False)
+    _handovers: Handovers = attrs.field(init=False)
     _heap: list[tuple[float, int, Any, Any]] = attrs.field(factory=list, init=False)
     _order: Any = attrs.field(factory=itertools.count, init=False)
-    _handoffs: dict[RequestId, tuple[WorkerId, WorkerId]] = attrs.field(
-        factory=dict, init=False
-    )
     _spawned: int = attrs.field(default=0, init=False)
     # When it looks again for what time alone brings, and when it last did.
     _looks_at: float = attrs.field(default=math.inf, init=False)
     _looked_at: float = attrs.field(default=-math.inf, init=False)
+    # When ticks are over: the last deadline, and how many found nothing else to come.
+    _last_deadline: float = attrs.field(default=-math.inf, init=False)
+    _idle_ticks: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         rate = self.machine.kv_bytes_per_token / self.machine.load_s_per_token(
             Tier.REMOTE
         )
-        self._links = Links(bytes_per_s=rate)
+        self._handovers = Handovers(Links(bytes_per_s=rate))
 
     def run(
         self,
@@ -121,6 +125,10 @@ class Simulator:
             raise InvalidRequest("a simulator runs once: make another")
         self.ledger = Ledger.of(workload, give_up)
         self.ledger.progress = progress
+        # Traces may begin at any time, and what was before is nobody's.
+        begins = [job.at for job in self.ledger.heads()]
+        begins += [crash.at for crash in self.crashes]
+        self.now = max(min(begins, default=0.0), 0.0)
         for worker in workers:
             self._join(worker, State.READY)
         self._schedule()
@@ -131,15 +139,16 @@ class Simulator:
         return Report.of(self, workload)
 
     def _schedule(self) -> None:
-        deadlines = False
         for job in self.ledger.heads():
             self._at(job.at, self._arrive, job)
         for outcome in self.ledger.outcomes.values():
-            deadlines = deadlines or outcome.request.deadline < math.inf
+            if outcome.request.deadline < math.inf:
+                self._last_deadline = max(self._last_deadline, outcome.request.deadline)
+        deadlines = self._last_deadline > -math.inf
         if self.tick_s and (self.cluster.autoscaler is not None or deadlines):
-            self._at(0.0, self._tick, None)
+            self._at(self.now, self._tick, None)
         if self.signals_s:
-            self._at(0.0, self._signal, None)
+            self._at(self.now, self._signal, None)
         for crash in self.crashes:
             self._at(crash.at, self._crash, crash)
 
@@ -178,12 +187,16 @@ class Simulator:
         self._take_events(engine)
         if not model.busy and engine.left_at > self.now:
             self._awake(engine, model.plan(self.now))
-        if engine.draining and not model.held:
-            self._leave(model.worker.id)
+        self._leave_if_done(engine)
 
     def _tick(self, _: None) -> None:
         self._feed(e.Tick(self.now))
-        if self.ledger.open:
+        # With nothing else to come, only an autoscaler may still change things.
+        idle = not self._heap
+        self._idle_ticks = self._idle_ticks + 1 if idle else 0
+        last = _MOST_IDLE_TICKS if self.cluster.autoscaler is not None else 0
+        late = self.now <= self._last_deadline
+        if self.ledger.open and (self._idle_ticks <= last or late):
             self._at(self.now + self.tick_s, self._tick, None)
 
     def _signal(self, _: None) -> None:
@@ -192,7 +205,7 @@ class Simulator:
                 self._feed(
                     e.SignalsReported(self.now, id, engine.model.signals(self.now))
                 )
-        if self.ledger.open:
+        if self.ledger.open and self._heap:
             self._at(self.now + self.signals_s, self._signal, None)
 
     def _crash(self, crash: Crash) -> None:
@@ -255,7 +268,9 @@ class Simulator:
         outcome.attempts += 1
         if decision.prefill is not None and decision.prefill != decision.decode:
             outcome.prefill_worker = decision.prefill
-            self._handoffs[request.id] = (decision.prefill, decision.decode)
+            self._drop(request.id)
+            pair = Pair(decision.prefill, decision.decode)
+            self._handovers.promise(request.id, pair)
         engine = self.engines[decision.first]
         separate = decision.first != decision.decode
         self._submit(engine, outcome, request, prefill_only=separate)
@@ -294,6 +309,7 @@ class Simulator:
             self._awake(engine, engine.model.submit(sequence, self.now))
             if not engine.model.busy:
                 self._take_events(engine)
+            self._leave_if_done(engine)
 
     def _awake(self, engine: _Engine, at: float | None) -> None:
         if at is not None:
@@ -323,37 +339,50 @@ class Simulator:
     # Hand-over of KV from a prefill worker.
 
     def _hand_over(self, id: RequestId) -> None:
-        source, target = self._handoffs[id]
-        engine = self.engines[target].model
-        outcome = self.ledger.outcomes[id]
-        request = outcome.request
+        pair = self._handovers.of(id)
+        if pair is None:  # given up in this very instant
+            return
+        engine = self.engines[pair.target].model
+        request = self.ledger.outcomes[id].request
         size = engine.worker.block_tokens
         held = engine.kv.cache.held(request.hashes(size).tolist()) * size
         moved = (request.prompt_tokens - held) * self.machine.kv_bytes_per_token
-        self._links.start(id, source, target, moved, self.now)
-        self._at(self._links.next_end(), self._moved, None)
+        self._handovers.begin(id, moved, self.now)
+        self._expect_arrival()
+
+    def _expect_arrival(self) -> None:
+        at = self._handovers.next_end()
+        if at < math.inf:
+            self._at(at, self._moved, None)
 
     def _moved(self, _: None) -> None:
-        for id in self._links.ended(self.now):
-            source, target = self._handoffs.pop(id)
-            engine = self.engines[source]
-            if engine.left_at > self.now:
-                self._awake(engine, engine.model.release(id, self.now))
-                if engine.draining and not engine.model.held:
-                    self._leave(source)
-            engine = self.engines[target]
+        for id, pair in self._handovers.arrived(self.now):
+            source, target = self.engines[pair.source], self.engines[pair.target]
             outcome = self.ledger.outcomes[id]
-            if engine.left_at > self.now and not outcome.status:
-                self._submit(engine, outcome, outcome.request, remote=True)
-        if len(self._links):
-            self._at(self._links.next_end(), self._moved, None)
+            if target.left_at > self.now and not outcome.status:
+                self._submit(target, outcome, outcome.request, remote=True)
+            if source.left_at > self.now:
+                self._awake(source, source.model.release(id, self.now))
+                self._leave_if_done(source)
+        self._expect_arrival()
+
+    def _drop(self, id: RequestId) -> None:
+        """Give a hand-over up: others have its part of the links from now on."""
+        pair = self._handovers.drop(id, self.now)
+        if pair is None:
+            return
+        self._expect_arrival()
+        for engine in (self.engines[pair.source], self.engines[pair.target]):
+            self._abort_on(engine, id)
 
     def _abort(self, worker: WorkerId, id: RequestId) -> None:
-        self._handoffs.pop(id, None)
-        self._links.cancel(id, self.now)
-        engine = self.engines[worker]
+        self._drop(id)
+        self._abort_on(self.engines[worker], id)
+
+    def _abort_on(self, engine: _Engine, id: RequestId) -> None:
         if engine.left_at > self.now:
             self._awake(engine, engine.model.abort(id, self.now))
+            self._leave_if_done(engine)
 
     # Workers come and go.
 
@@ -366,15 +395,26 @@ class Simulator:
 
     def _leave(self, worker: WorkerId) -> None:
         self.engines[worker].left_at = self.now
+        for id, _ in self._handovers.of_target(worker):
+            self._drop(id)
         self._feed(e.WorkerLeft(self.now, worker))
-        for id, (source, target) in [*self._handoffs.items()]:
-            if source == worker:
-                # The cluster knows of no prompt there any more, the engine
-                # that waits for its KV does.
-                self._links.cancel(id, self.now)
-                del self._handoffs[id]
-                why = "the KV to be fetched was lost"
-                self._feed(e.RequestEnded(self.now, target, id, why))
+        for id, pair in self._handovers.of_source(worker):
+            # The cluster knows of no prompt there any more, the engine
+            # that waits for its KV does.
+            self._drop(id)
+            why = "the KV to be fetched was lost"
+            self._feed(e.RequestEnded(self.now, pair.target, id, why))
+
+    def _leave_if_done(self, engine: _Engine) -> None:
+        """Let a worker go that was asked to, once nothing is there or promised."""
+        there = engine.draining and engine.left_at > self.now
+        if there and not self._burden(engine):
+            self._leave(engine.model.worker.id)
+
+    def _burden(self, engine: _Engine) -> int:
+        """Count what an engine has to do, and what is promised to it."""
+        promised = self._handovers.of_target(engine.model.worker.id)
+        return len(engine.model.held.keys() | {id for id, _ in promised})
 
     def _scale(self, workers: int, pool: str) -> None:
         alive = [
@@ -392,14 +432,13 @@ class Simulator:
             self._at(self.now + self.settings.cold_start_s, self._ready, worker.id)
         # The emptiest go, of equals the youngest.
         alive.reverse()
-        alive.sort(key=lambda id: len(self.engines[id].model.held))
+        alive.sort(key=lambda id: self._burden(self.engines[id]))
         surplus = alive[: max(len(alive) - workers, 0)]
         for id in surplus:
             engine = self.engines[id]
             engine.draining = True
             self._feed(e.WorkerChanged(self.now, id, state=State.DRAINING))
-            if not engine.model.held:
-                self._leave(id)
+            self._leave_if_done(engine)
 
 
 def _belongs(worker: Worker, pool: str) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import numpy as np
 
+from ..errors import InvalidRequest
 from ..machines import Machine
 from ..types import Worker
 from ..view import Floats
@@ -18,6 +19,9 @@ from .setting import Policies, Setting, kinds, named
 from .tables import html_table, table_lines
 from .workload import Workload
 
+_FIGURES = ("ttft", "tpot", "e2e")
+_TOGETHER = 2.0
+
 
 @attrs.frozen(eq=False, repr=False)
 class Comparison:
@@ -26,6 +30,8 @@ class Comparison:
     Attributes:
         reports: For each policy, one report a seed.
         slo: What counts as good.
+        same_jobs: The seeds are the same jobs at other times, as of a trace: no
+            interval gets narrower by more of them.
 
     >>> from llmd import LeastLoaded, RoundRobin
     >>> from llmd.sim import workloads
@@ -36,6 +42,7 @@ class Comparison:
 
     reports: Mapping[str, tuple[Report, ...]]
     slo: Slo
+    same_jobs: bool = False
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -49,7 +56,7 @@ class Comparison:
         resampling whole stretches of arrivals, since neighbours in time share
         their luck (block bootstrap; Kuensch, 1989).
         """
-        return interval(percentile_of(percentile), [self._values(policy, name)])
+        return self._interval(percentile_of(percentile), [self._values(policy, name)])
 
     def difference(self, policy: str, name: str, percentile: float = 90) -> Interval:
         """Return by how much a percentile differs from the first policy's.
@@ -59,7 +66,7 @@ class Comparison:
         """
         values = [self._values(p, name) for p in (policy, self.policies[0])]
         of = percentile_of(percentile)
-        return interval(lambda ours, first: of(ours) - of(first), values)
+        return self._interval(lambda ours, first: of(ours) - of(first), values)
 
     def deltas(self, policy: str, name: str) -> Floats:
         """Return for each request by how much `ttft`, `tpot` or `e2e` differs.
@@ -72,7 +79,7 @@ class Comparison:
 
     def mean_delta(self, policy: str, name: str) -> Interval:
         """Return the mean of `deltas` with its interval."""
-        return interval(mean, [self.deltas(policy, name)])
+        return self._interval(mean, [self.deltas(policy, name)])
 
     def overloaded(self, policy: str) -> bool:
         """Say whether any run was no steady state."""
@@ -87,7 +94,25 @@ class Comparison:
         """Return requests a second that kept the SLO, mean over seeds."""
         return float(np.mean([r.goodput(self.slo) for r in self.reports[policy]]))
 
+    def _interval(
+        self, figure: Callable[..., float], columns: Sequence[Floats]
+    ) -> Interval:
+        """Resample what hangs together: who was there at the same time, twice over."""
+        seeds = len(self.reports[self.policies[0]])
+        there = [
+            float(np.nansum(report.e2es)) / report.span_s
+            for reports in self.reports.values()
+            for report in reports
+            if report.span_s
+        ]
+        copies = seeds if self.same_jobs else 1
+        return interval(
+            figure, columns, stretch=_TOGETHER * max(there, default=0.0), copies=copies
+        )
+
     def _values(self, policy: str, name: str) -> Floats:
+        if name not in _FIGURES:
+            raise InvalidRequest(f"{name!r} is none of {', '.join(_FIGURES)}")
         columns = [getattr(report, f"{name}s") for report in self.reports[policy]]
         return np.concatenate(columns)
 
@@ -155,7 +180,8 @@ def compare(
         policy: tuple(reports[row * seeds : (row + 1) * seeds])
         for row, policy in enumerate(setting.policies)
     }
-    return Comparison(grouped, setting.slo)
+    same_jobs = seeds > 1 and workload.remake is None
+    return Comparison(grouped, setting.slo, same_jobs)
 
 
 def _compared(setting: Setting, row: int) -> Report:

@@ -6,10 +6,12 @@ No trace is packed with llmd: pass a path.  Files may be plain, `.gz`, or
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +30,14 @@ from .prompts import SegmentPrompt, mixed
 from .workload import Job, Workload
 
 _ZSTD_S = 120.0
+_ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")
+_NOT_UNDERSTOOD = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 def mooncake(path: str | Path, name: str = "") -> Workload:
@@ -40,17 +50,17 @@ def mooncake(path: str | Path, name: str = "") -> Workload:
     """
     jobs = []
     for row, line in enumerate(_lines(path)):
-        fields = _fields(path, row, line)
-        prompt = Prompt.named(
-            fields["hash_ids"], block_tokens=512, tokens=max(fields["input_length"], 1)
-        )
-        jobs.append(
-            Job(
-                request=Request(id=f"m{row}", prompt=prompt),
-                output_tokens=max(fields["output_length"], 1),
-                at=fields["timestamp"] / 1000.0,
+        with _understood(path, row):
+            fields = json.loads(line)
+            tokens = max(int(fields["input_length"]), 1)
+            prompt = Prompt.named(fields["hash_ids"], block_tokens=512, tokens=tokens)
+            jobs.append(
+                Job(
+                    request=Request(id=f"m{row}", prompt=prompt),
+                    output_tokens=max(int(fields["output_length"]), 1),
+                    at=float(fields["timestamp"]) / 1000.0,
+                )
             )
-        )
     return Workload(name=name or _stem(path), jobs=jobs, block_tokens=512)
 
 
@@ -84,22 +94,24 @@ def azure(path: str | Path, name: str = "", requests: int | None = None) -> Work
     Columns TIMESTAMP, ContextTokens, GeneratedTokens.  Nothing is known of
     contents, so no prompt shares a prefix with another.
     """
-    jobs = []
-    start: datetime | None = None
+    rows: list[tuple[datetime, int, int]] = []
     for row, line in enumerate(csv.DictReader(_lines(path))):
         if requests is not None and row >= requests:
             break
-        # Python reads six decimals, the file has seven.
-        when = datetime.fromisoformat(line["TIMESTAMP"][:26])
-        start = start or when
-        tokens = max(int(line["ContextTokens"]), 1)
-        jobs.append(
-            Job(
-                request=Request(id=f"a{row}", prompt=SegmentPrompt([(row, tokens)])),
-                output_tokens=max(int(line["GeneratedTokens"]), 1),
-                at=(when - start).total_seconds(),
-            )
+        with _understood(path, row + 1):
+            # Python reads six decimals, the file has seven; some rows have a zone.
+            when = datetime.fromisoformat(_ZONE.sub("", line["TIMESTAMP"])[:26])
+            tokens = max(int(line["ContextTokens"]), 1)
+            rows.append((when, tokens, max(int(line["GeneratedTokens"]), 1)))
+    start = min([when for when, *_ in rows], default=None)
+    jobs = [
+        Job(
+            request=Request(id=f"a{row}", prompt=SegmentPrompt([(row, tokens)])),
+            output_tokens=answer,
+            at=(when - start).total_seconds() if start else 0.0,
         )
+        for row, (when, tokens, answer) in enumerate(rows)
+    ]
     return Workload(name=name or _stem(path), jobs=jobs)
 
 
@@ -123,12 +135,13 @@ def weka(
     for row, line in enumerate(_lines(path)):
         if sessions is not None and row >= sessions:
             break
-        fields = _fields(path, row, line)
-        size = size or int(fields["block_size"])
-        if fields["block_size"] != size:
-            raise InvalidRequest(f"{path}: blocks of {size} and others")
-        root = f"k{row}"
-        _session(jobs, root, row, fields["requests"], size, row * gap_s, ())
+        with _understood(path, row):
+            fields = json.loads(line)
+            size = size or int(fields["block_size"])
+            if fields["block_size"] != size or size < 1:
+                raise ValueError(f"blocks of {fields['block_size']} tokens and {size}")
+            root = f"k{row}"
+            _session(jobs, root, row, fields["requests"], size, row * gap_s, ())
     return Workload(name=name or _stem(path), jobs=jobs, block_tokens=size or 64)
 
 
@@ -198,20 +211,24 @@ def inference_perf(
         seed: Of all that is drawn.
     """
     file = Path(path)
-    profile = _fields(file, 0, file.read_text())
-    return from_profile(profile, requests, rate, seed, file.parent.name)
+    with _understood(file, 0):
+        profile = json.loads(file.read_text())
+        return from_profile(profile, requests, rate, seed, file.parent.name)
 
 
 def _lines(path: str | Path) -> Iterator[str]:
     file = Path(path)
-    if file.suffix == ".gz":
-        with gzip.open(file, "rt") as lines:
-            yield from lines
-    elif file.suffix == ".zst":
-        yield from io.StringIO(_unzstd(file))
-    else:
-        with file.open() as lines:
-            yield from lines
+    try:
+        if file.suffix == ".gz":
+            with gzip.open(file, "rt", encoding="utf-8-sig") as lines:
+                yield from lines
+        elif file.suffix == ".zst":
+            yield from io.StringIO(_unzstd(file))
+        else:
+            with file.open(encoding="utf-8-sig") as lines:
+                yield from lines
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is no text: {error}") from error
 
 
 def _unzstd(path: Path) -> str:
@@ -229,12 +246,16 @@ def _unzstd(path: Path) -> str:
     return run.stdout.decode()
 
 
-def _fields(path: str | Path, row: int, line: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _understood(path: str | Path, row: int) -> Iterator[None]:
+    """Say where in the file something is that makes no request."""
     try:
-        fields: dict[str, Any] = json.loads(line)
-    except ValueError as error:
+        yield
+    except InvalidRequest as error:
         raise InvalidRequest(f"{path}, line {row + 1}: {error}") from error
-    return fields
+    except _NOT_UNDERSTOOD as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InvalidRequest(f"{path}, line {row + 1}: {what}") from error
 
 
 def _stem(path: str | Path) -> str:
@@ -242,8 +263,13 @@ def _stem(path: str | Path) -> str:
 
 
 def _chronological(workload: Workload, times: dict[str, float]) -> list[Job]:
+    """Return its jobs in order of when they would come, and note that in *times*."""
+    jobs = {job.id: job for job in workload.jobs}
     for job in workload.jobs:
-        times[job.id] = job.at
-        if job.follows:
-            times[job.id] = times[job.follows] + job.think_s
+        line = [job]
+        while line[-1].follows in jobs and line[-1].id not in times:
+            line.append(jobs[line[-1].follows])
+        for one in reversed(line):
+            before = times.get(one.follows)
+            times[one.id] = one.at if before is None else before + one.think_s
     return sorted(workload.jobs, key=lambda job: times[job.id])

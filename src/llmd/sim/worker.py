@@ -48,6 +48,7 @@ class ModelWorker:
         log: Of each run: start, end, steps, decoding requests, prompt tokens,
             blocks in use, requests waiting here.
         preemptions: Requests thrown out for want of blocks.
+        begun: Prompts whose end gave a token, which no step of decoding counts.
         held: Requests that are here or on their way, by id.
 
     >>> from llmd import Request
@@ -67,6 +68,7 @@ class ModelWorker:
         factory=list, init=False
     )
     preemptions: int = attrs.field(default=0, init=False)
+    begun: int = attrs.field(default=0, init=False)
     held: dict[RequestId, Sequence] = attrs.field(factory=dict, init=False)
     _events: list[e.Event] = attrs.field(factory=list, init=False)
     _places: int = attrs.field(init=False)
@@ -110,15 +112,22 @@ class ModelWorker:
         step = 1 if run is None else run.steps_by(now)
         if run is None or step == 1:
             return self._gauges.said
-        return self._measured(self._gauges.unseen(run, step - 1))
+        grown = self._decoding.growth(step - 1)
+        return self._measured(self._gauges.unseen(run, step - 1), grown)
 
-    def _measured(self, unseen: int) -> Signals:
-        """Return what its metrics say, *unseen* of those that wait not counted."""
+    def _measured(self, unseen: int = 0, grown: int = 0) -> Signals:
+        """Return what its metrics say.
+
+        Args:
+            unseen: Of those that wait, who is not known yet.
+            grown: Blocks that answers took since the run under way began.
+        """
         running = len(self._decoding) + len(self._completing)
+        used = self.kv.cache.used_blocks + grown
         return Signals(
             waiting_requests=float(max(self._queued - unseen, 0)),
             running_requests=float(running + (self._partial is not None)),
-            kv_usage=self.kv.cache.used_blocks / self.kv.cache.capacity_blocks,
+            kv_usage=used / self.kv.cache.capacity_blocks,
         )
 
     def take(self) -> list[e.Event]:
@@ -148,7 +157,7 @@ class ModelWorker:
         self._push(sequence)
         run = self._run
         if run is None:
-            return self.plan(now)
+            return self._planned(now)
         self._gauges.came(now)
         if self.settings.steps_ahead:
             sequence.missed = run.end_of_step(now)
@@ -173,7 +182,7 @@ class ModelWorker:
             return self._cut(now) if self._queued and self._joinable else None
         if sequence.parked:
             self.kv.free(sequence)
-            return self.plan(now) if self._run is None else None
+            return self._planned(now) if self._run is None else None
         self._aborted = True
         return None if self._run is None else self._cut(now)
 
@@ -183,7 +192,14 @@ class ModelWorker:
         if sequence is None:
             return None
         self.kv.free(sequence)
-        return self.plan(now) if self._run is None else None
+        return self._planned(now) if self._run is None else None
+
+    def _planned(self, now: float) -> float | None:
+        """Begin a run on an idle engine; where none can begin, its metrics tell."""
+        end = self.plan(now)
+        if end is None:
+            self._gauges.said = self._measured()
+        return end
 
     def plan(self, now: float) -> float | None:
         """Begin the next run; return when it ends, or None if idle."""
@@ -364,6 +380,7 @@ class ModelWorker:
             self._events.append(e.PrefillEnded(now, id, request.id))
             return
         sequence.generated += 1
+        self.begun += 1
         if sequence.generated == sequence.given + 1:
             sequence.reported = sequence.generated
             self._events.append(e.FirstToken(now, id, request.id, sequence.cached))

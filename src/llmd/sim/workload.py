@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -43,6 +43,11 @@ class Job:
                 f"output_tokens of {self.request.id!r} is {self.output_tokens},"
                 " must be at least 1"
             )
+        times = (self.at, self.think_s)
+        if not (
+            all(0.0 <= time < math.inf for time in times) and self.cancel_after_s >= 0
+        ):
+            raise InvalidRequest(f"{self.request.id!r} comes or leaves at no time")
 
     @property
     def id(self) -> RequestId:
@@ -116,8 +121,8 @@ class Workload:
     def seeded(self, seed: int) -> Workload:
         """Return another of its kind; without `remake`, other arrival times.
 
-        A workload that was read from a file keeps its jobs and their order,
-        with each gap drawn anew around its own length.
+        A workload that was read from a file keeps its jobs, each moved later by up
+        to the mean gap.
         """
         if self.remake is not None:
             return self.remake(seed)
@@ -140,44 +145,56 @@ class Workload:
         """
         rng = np.random.default_rng(seed)
         moves = rng.uniform(0.0, width_s, len(self.jobs)).tolist()
-        jobs = [
-            job if job.follows else attrs.evolve(job, at=job.at + move)
-            for job, move in zip(self.jobs, moves, strict=True)
-        ]
-        return attrs.evolve(self, jobs=jobs)
+        jobs = self._moved(dict(zip(self.jobs, moves, strict=True)))
+        remake = self.remake and _Changed(self.remake, "jittered", (width_s, seed))
+        return attrs.evolve(self, jobs=jobs, remake=remake)
 
     def arriving(self, times: Floats) -> Workload:
         """Return its scheduled jobs, in order, at *times*, shape (n,)."""
         heads = [job for job in self.jobs if not job.follows]
         if len(times) < len(heads):
             raise InvalidRequest(f"{len(times)} times for {len(heads)} arrivals")
-        placed = iter(times.tolist())
-        jobs = [
-            job if job.follows else attrs.evolve(job, at=next(placed))
-            for job in self.jobs
-        ]
+        moves = zip(heads, times.tolist(), strict=False)
+        jobs = self._moved({job: at - job.at for job, at in moves})
         return attrs.evolve(self, jobs=jobs, remake=None)
 
     def _stretched(self, factor: float) -> Workload:
         start = min([job.at for job in self.jobs if not job.follows])
-        jobs = [
-            job
-            if job.follows
-            else attrs.evolve(job, at=start + (job.at - start) * factor)
-            for job in self.jobs
-        ]
-        remake = self.remake
-        if remake is None:
-            return attrs.evolve(self, jobs=jobs)
-        return attrs.evolve(self, jobs=jobs, remake=_Stretched(remake, factor))
+        moves = {job: (job.at - start) * (factor - 1.0) for job in self.jobs}
+        remake = self.remake and _Changed(self.remake, "_stretched", (factor,))
+        return attrs.evolve(self, jobs=self._moved(moves), remake=remake)
+
+    def _moved(self, moves: Mapping[Job, float]) -> list[Job]:
+        """Return its jobs, moved in time with their deadlines.
+
+        Followers move as those do whom they follow, and so stay behind them.
+        """
+        jobs = {job.id: job for job in self.jobs}
+        known: dict[RequestId, float] = {}
+        for job in self.jobs:
+            line = [job]
+            while line[-1].id not in known and line[-1].follows in jobs:
+                line.append(jobs[line[-1].follows])
+            move = known.get(line[-1].id, moves.get(line[-1], 0.0))
+            known |= {one.id: move for one in line}
+        return [_later(job, known[job.id]) for job in self.jobs]
+
+
+def _later(job: Job, move: float) -> Job:
+    request = job.request
+    if request.deadline < math.inf:
+        request = attrs.evolve(request, deadline=request.deadline + move)
+    return attrs.evolve(job, at=job.at + move, request=request)
 
 
 @attrs.frozen
-class _Stretched:
-    """Remakes a workload and stretches it; unlike a closure it can be pickled."""
+class _Changed:
+    """Remakes a workload and changes it; unlike a closure it can be pickled."""
 
     remake: Callable[[int], Workload]
-    factor: float
+    method: str
+    arguments: tuple[float, ...]
 
     def __call__(self, seed: int) -> Workload:
-        return self.remake(seed)._stretched(self.factor)
+        changed: Workload = getattr(self.remake(seed), self.method)(*self.arguments)
+        return changed

@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable
 
-import attrs
 import numpy as np
 
 from ..errors import InvalidRequest
@@ -25,9 +24,18 @@ from .workload import Job, Workload
 def _lengths(
     rng: np.random.Generator, median: float, spread: float, size: int, most: int
 ) -> Ints:
-    """Draw log-normal lengths of at least 1 and at most *most* tokens."""
+    """Draw log-normal lengths from 1 to *most* tokens, or to 4 medians if more."""
+    if not 0.0 < median < math.inf:
+        raise InvalidRequest(f"a median of {median} tokens is no length")
+    most = max(most, math.ceil(4.0 * median))
     drawn = median * np.exp(spread * rng.standard_normal(size))
     return np.clip(np.rint(drawn), 1, most).astype(np.int64)
+
+
+def _at_least(least: int, **given: float) -> None:
+    for name, value in given.items():
+        if not least <= value < math.inf:
+            raise InvalidRequest(f"{name} is {value}, must be at least {least}")
 
 
 class _Texts:
@@ -40,10 +48,6 @@ class _Texts:
     def new(self, tokens: int) -> Segment:
         self._made += 1
         return mix(self._root + self._made), int(tokens)
-
-
-def _remade(make: Callable[..., Workload], workload: Workload) -> Workload:
-    return attrs.evolve(workload, remake=make)
 
 
 def dialogue(
@@ -73,8 +77,9 @@ def dialogue(
         burstiness: Of the starts of dialogues; 1 is Poisson.
         seed: Of all that is drawn.
     """
-    if turns < 1:
-        raise InvalidRequest(f"turns is {turns}, must be at least 1")
+    _at_least(1, turns=turns, requests=requests, system_prompts=system_prompts)
+    _at_least(1, system_tokens=system_tokens)
+    _at_least(0, think_s=think_s, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 1)), _Texts(seed, "dialogue")
@@ -137,6 +142,8 @@ def documents(
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
+    _at_least(1, requests=requests, questions_per_document=questions_per_document)
+    _at_least(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 2)), _Texts(seed, "documents")
@@ -175,6 +182,8 @@ def batch(
         burstiness: Of arrivals; 0 sends them evenly.
         seed: Of all that is drawn.
     """
+    _at_least(1, requests=requests)
+    _at_least(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 3)), _Texts(seed, "batch")
@@ -221,6 +230,9 @@ def shared_prefix(
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
+    _at_least(1, requests=requests, groups=groups, users_per_group=users_per_group)
+    _at_least(1, system_tokens=system_tokens, question_tokens=question_tokens)
+    _at_least(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 4)), _Texts(seed, "shared")
@@ -256,6 +268,7 @@ def mixed(*, rate: float = 6.0, requests: int = 1000, seed: int = 0) -> Workload
         requests: How many in all.
         seed: Of all that is drawn.
     """
+    _at_least(3, requests=requests)
     arguments = {"rate": rate, "requests": requests}
     parts = {dialogue: 0.5, documents: 0.2, batch: 0.3}
     jobs: list[Job] = []
