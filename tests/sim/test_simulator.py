@@ -16,7 +16,9 @@ from llmd.machines import H200
 from llmd.sim import (
     Crash,
     EngineSettings,
+    Job,
     Simulator,
+    Workload,
     fleet,
     simulate,
     traces,
@@ -327,3 +329,26 @@ def test_what_workers_generated_is_what_requests_got():
     report = simulate(llmd.LeastLoaded(), load, workers=2)
     made = sum(worker.output_tokens for worker in report.workers)
     assert made == report.output_tokens.sum()
+
+
+def long_answer(**more):
+    request = llmd.Request(id="long", prompt=range(160), resumable=True)
+    return Workload(name="one", jobs=[Job(request=request, output_tokens=8000, **more)])
+
+
+def test_a_crash_takes_no_tokens_back_that_were_told():
+    whole = simulate(llmd.RoundRobin(), long_answer(), workers=2)
+    crash = Crash(at=float(whole.e2es[0]) / 2, worker="w000")
+    report = simulate(llmd.RoundRobin(), long_answer(), workers=2, crashes=[crash])
+    assert report.output_tokens[0] == 8000
+    assert report.e2es[0] == pytest.approx(whole.e2es[0], rel=0.02)
+    made = [worker.output_tokens for worker in report.workers]
+    assert made == pytest.approx([4000, 4000], rel=0.02)
+
+
+def test_who_gives_up_has_what_was_told_until_then():
+    whole = simulate(llmd.RoundRobin(), long_answer(), workers=1)
+    half = float(whole.e2es[0]) / 2
+    report = simulate(llmd.RoundRobin(), long_answer(cancel_after_s=half), workers=1)
+    assert report.status == ("cancelled",)
+    assert report.output_tokens[0] == pytest.approx(4000, rel=0.02)

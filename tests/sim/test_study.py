@@ -174,7 +174,9 @@ def test_bounds_of_a_search_are_tried_and_told():
     [below] = capacities(between=(0.1, 0.2), **few).values()
     assert below.rate == 0.2
     assert "at least" in repr(below)
-    [zero] = capacities(between=(0.0, 1000.0), **few | {"slo": Slo(ttft_s=0.1)}).values()
+    [zero] = capacities(
+        between=(0.0, 1000.0), **few | {"slo": Slo(ttft_s=0.1)}
+    ).values()
     [free] = capacities(**few | {"slo": Slo(ttft_s=0.1)}).values()
     assert zero.rate == pytest.approx(free.rate, rel=0.1)
 

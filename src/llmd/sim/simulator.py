@@ -174,7 +174,11 @@ class Simulator:
             self._close(request.id, f"refused: {error}")
 
     def _cancel(self, id: RequestId) -> None:
-        if not self.ledger.outcomes[id].status:
+        outcome = self.ledger.outcomes[id]
+        if not outcome.status:
+            if engine := self.engines.get(outcome.worker):
+                seen = engine.model.generated(id, self.now)
+                outcome.generated = max(outcome.generated, seen)
             self._close(id, "cancelled")
             self._feed(e.RequestCancelled(self.now, id))
 
@@ -212,6 +216,8 @@ class Simulator:
         engine = self.engines.get(crash.worker)
         if engine is None or engine.left_at <= self.now:
             return
+        engine.model.die(self.now)
+        self._take_events(engine)
         self._leave(crash.worker)
         if crash.restart_after_s < math.inf:
             worker = attrs.evolve(

@@ -186,6 +186,25 @@ class ModelWorker:
         self._aborted = True
         return None if self._run is None else self._cut(now)
 
+    def generated(self, id: RequestId, now: float) -> int:
+        """Return how many tokens of an answer clients have by *now*."""
+        sequence = self.held.get(id)
+        if sequence is None or sequence not in self._decoding:
+            return 0 if sequence is None else sequence.generated
+        steps = 0 if self._run is None else self._run.steps_by(now) - 1
+        return self._decoding.generated(sequence) + steps
+
+    def die(self, now: float) -> None:
+        """End the run under way where it is: clients have the tokens so far."""
+        run = self._run
+        if run is None or (steps := run.steps_by(now) - 1) < 1:
+            return
+        run.steps = steps
+        self.finish(now)
+        for sequence in self._decoding:
+            if not sequence.gone:
+                self._progress(sequence, self._decoding.generated(sequence), now)
+
     def release(self, id: RequestId, now: float) -> float | None:
         """Give back the blocks of a prompt whose KV another worker has now."""
         sequence = self.held.pop(id, None)
