@@ -143,3 +143,26 @@ def test_what_is_no_recording_is_refused(tmp_path):
     path.write_text("hello\n")
     with pytest.raises(InvalidRequest, match="line 1"):
         list(read(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"event": {}}',
+        '{"event": {"$Tick": {"when": 1.0}}}',
+        '{"event": {"$Tick": {"at": {"$enum": ["State", "asleep?"]}}}}',
+        '{"event": {"$f": "many"}}',
+        '{"note": 1}',
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(
+        f'{{"llmd_recording": 1}}\n{{"event": {{"$Tick": {{"at": 0.5}}}}}}\n{line}\n'
+    )
+    with pytest.raises(InvalidRequest, match=r"broken.jsonl, line 3"):
+        [*read(path)]
+    path.write_text("[]\n")
+    with pytest.raises(InvalidRequest, match="line 1"):
+        [*read(path)]

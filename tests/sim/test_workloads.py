@@ -330,3 +330,28 @@ def test_jitter_moves_later_by_less_than_its_width(sample):
     moves = np.array([moved[job.id] - job.at for job in load.jobs])
     assert ((moves >= 0) & (moves < 3)).all()
     assert moves.std() > 0.5
+
+
+def profile(tmp_path, **more):
+    shape = {"mean": 100.0, "standard_deviation": 10.0, "min": 60.0, "max": 140.0}
+    path = tmp_path / "config.json"
+    given = {"input_sequence_length": shape, "output_sequence_length": shape} | more
+    path.write_text(json.dumps(given))
+    return traces.inference_perf(path, requests=200, rate=2.0)
+
+
+def test_a_profile_without_turns_has_prompts_of_its_distribution(tmp_path):
+    tokens = [job.request.prompt_tokens for job in profile(tmp_path)]
+    assert np.mean(tokens) == pytest.approx(100.0, rel=0.05)
+    assert 5.0 < np.std(tokens) < 15.0
+
+
+def test_a_profile_of_turns_alone_spreads_its_input_over_them(tmp_path):
+    turns = {"mean": 4.0, "standard_deviation": 0.0, "min": 4.0, "max": 4.0}
+    load = profile(tmp_path, number_of_turns=turns)
+    # Fourth prompts hold all of the input, and three answers.
+    last = [job for job in load if job.id.endswith(".3")]
+    answers = [job for job in load if not job.id.endswith(".3")]
+    said = np.mean([job.output_tokens for job in answers])
+    tokens = np.mean([job.request.prompt_tokens for job in last])
+    assert tokens == pytest.approx(100.0 + 3 * said, rel=0.05)
