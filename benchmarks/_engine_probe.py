@@ -7,33 +7,14 @@ import itertools
 import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import numpy as np
+from _sites import Site
 
 from llmd.adapters.vllm.engine import VllmEngine
 from llmd.machines.fit import Step
-
-
-class Sizes(Protocol):
-    """What is probed.
-
-    Attributes:
-        step_tokens: Most tokens a step computes.
-        prompts: Lengths of prompts, each of one step.
-        contexts: Cached tokens ahead of them.
-        batches: Requests that decode together.
-        vocabulary: Ids of tokens are below it.
-    """
-
-    step_tokens: int
-    prompts: tuple[int, ...]
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-
-    @property
-    def vocabulary(self) -> int: ...
 
 
 @attrs.define
@@ -47,7 +28,7 @@ class Prober:
     """
 
     engine: VllmEngine
-    sizes: Sizes
+    site: Site
     steps: list[Step] = attrs.field(factory=list)
     rests: list[tuple[int, float]] = attrs.field(factory=list)
     _count: Any = attrs.field(factory=itertools.count, init=False)
@@ -55,19 +36,19 @@ class Prober:
 
     async def run(self) -> None:
         """Ask, and add to what was found before."""
-        sizes, steps, rests = self.sizes, len(self.steps), len(self.rests)
-        await self.prefill(max(sizes.prompts), 0)
-        await self.decode(max(sizes.batches), 32)
+        site, steps, rests = self.site, len(self.steps), len(self.rests)
+        await self.prefill(max(site.prompts), 0)
+        await self.decode(max(site.batches), 32)
         del self.steps[steps:], self.rests[rests:]  # that was to warm up
-        for context in sizes.contexts:
-            for tokens in sizes.prompts:
+        for context in site.contexts:
+            for tokens in site.prompts:
                 await self.prefill(tokens, context)
         await self._chunks(4)
-        for context in sizes.contexts:
-            for requests in sizes.batches:
+        for context in site.contexts:
+            for requests in site.batches:
                 await self.decode(requests, max(context, 32))
-        context = max(sizes.contexts[1], 32)
-        for tokens, requests in itertools.product(sizes.prompts, sizes.batches[2::2]):
+        context = max(site.contexts[1], 32)
+        for tokens, requests in itertools.product(site.prompts, site.batches[2::2]):
             for ahead in (0, context):
                 await self._mixed(tokens, ahead, requests, context)
 
@@ -84,13 +65,11 @@ class Prober:
 
     async def _chunks(self, count: int) -> None:
         """Time full steps of one prompt: the next is made ready during each."""
-        size = self.sizes.step_tokens
+        size = self.site.step_tokens
         last = [(await self._first(self._tokens(size)))[0] for _ in range(3)]
         long = [(await self._first(self._tokens(size * count)))[0] for _ in range(3)]
         seconds = statistics.median(long) - statistics.median(last)
-        self.steps.append(
-            Step(size, size * count / 2, 0, 0, seconds / (count - 1)),
-        )
+        self.steps.append(Step(size, size * count / 2, 0, 0, seconds / (count - 1)))
 
     async def decode(self, requests: int, context: int) -> None:
         """Let *requests* generate together and take the gaps while all do."""
@@ -181,7 +160,7 @@ class Prober:
 
     def _tokens(self, count: int) -> list[int]:
         tokens: list[int]
-        tokens = self._rng.integers(10, self.sizes.vocabulary - 10, count).tolist()
+        tokens = self._rng.integers(10, self.site.vocabulary - 10, count).tolist()
         return tokens
 
 

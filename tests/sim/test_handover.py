@@ -126,3 +126,15 @@ def test_a_run_ends_though_nobody_is_left_to_answer(deadline):
     )
     assert report.status[0].startswith("DeadlineExceeded" if deadline == 5.0 else "")
     assert report.completed == 0
+
+
+def test_a_run_ends_though_signals_and_ticks_go_on():
+    scaler = Fewer(workers=1, after=math.inf, min_workers=1, max_workers=1)
+    simulator = Simulator(
+        Cluster(router=llmd.RoundRobin(), autoscaler=scaler),
+        crashes=(Crash(at=0.1, worker="w"),),
+        spawn=lambda number, pool: Worker(id=f"spawned{number}", models={"other"}),
+        signals_s=1.0,
+    )
+    report = simulator.run(load(job("a", at=1.0)), [Worker(id="w")])
+    assert report.completed == 0

@@ -55,7 +55,7 @@ class Machine:
     how the one passes into the other.  A step with part of a prompt in it has
     a floor of its own, since engines often run it without CUDA graphs, and one
     that is small enough for them another: beyond, the host launches each kernel,
-    and takes 15 to 20 ms to do so however little each has to do.
+    however little each has to do.
 
     The default is the shape of Qwen2.5 7B in bf16 on one H200, vLLM 0.26, CUDA
     graphs for decode only, fitted to `llmd.machines.measured`.

@@ -131,9 +131,8 @@ def _in_numpy(
         more in slower tiers than in the first.
     """
     per_token, eager_s, graph_tokens, graph_s, knee, attention, prefix = figures[:7]
-    per_request, per_context, always, here, anywhere, answering, step_tokens = figures[
-        7:
-    ]
+    per_request, per_context = figures[7:9]
+    always, here, anywhere, answering, step_tokens = figures[9:]
 
     def prefill_s(tokens: Floats, context: Floats | float) -> Floats:
         floor = np.where(tokens <= graph_tokens, graph_s, eager_s)

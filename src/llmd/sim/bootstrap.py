@@ -48,8 +48,8 @@ def interval(
     """Return figure(*columns) and its 95 % interval.
 
     One run of a few hundred requests near saturation sees hardly more than one
-    busy period, and no resampling makes more of it: there such intervals held the
-    mean over seeds in four of five runs.  Take several seeds.
+    busy period, and no resampling makes more of it: there such intervals are still
+    too narrow.  Take several seeds.
 
     Few stretches make percentiles of what is drawn too narrow, so these are
     widened as Student's distribution is beside the normal one.

@@ -25,8 +25,8 @@ class Handovers:
 
     >>> handovers = Handovers(Links(bytes_per_s=10.0))
     >>> handovers.promise("r", Pair("p", "d"))
-    >>> handovers.awaited_by("d")
-    True
+    >>> handovers.of_target("d")
+    [('r', Pair(source='p', target='d'))]
     >>> handovers.begin("r", 20.0, now=0.0)
     >>> handovers.next_end(), handovers.arrived(2.0)
     (2.0, [('r', Pair(source='p', target='d'))])
@@ -60,10 +60,6 @@ class Handovers:
     def arrived(self, now: float) -> list[tuple[RequestId, Pair]]:
         """Take away and return those that have arrived by *now*."""
         return [(id, self._pairs.pop(id)) for id in self.links.ended(now)]
-
-    def awaited_by(self, target: WorkerId) -> bool:
-        """Say whether anything is promised to a worker."""
-        return any(pair.target == target for pair in self._pairs.values())
 
     def of_source(self, source: WorkerId) -> list[tuple[RequestId, Pair]]:
         """Return what a worker is to hand over."""

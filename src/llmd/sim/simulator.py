@@ -196,8 +196,7 @@ class Simulator:
     def _tick(self, _: None) -> None:
         self._feed(e.Tick(self.now))
         # With nothing else to come, only an autoscaler may still change things.
-        idle = not self._heap
-        self._idle_ticks = self._idle_ticks + 1 if idle else 0
+        self._idle_ticks = self._idle_ticks + 1 if self._quiet else 0
         last = _MOST_IDLE_TICKS if self.cluster.autoscaler is not None else 0
         late = self.now <= self._last_deadline
         if self.ledger.open and (self._idle_ticks <= last or late):
@@ -209,8 +208,17 @@ class Simulator:
                 self._feed(
                     e.SignalsReported(self.now, id, engine.model.signals(self.now))
                 )
-        if self.ledger.open and self._heap:
+        ticking = any(action == self._tick for _, _, action, _ in self._heap)
+        if self.ledger.open and (ticking or not self._quiet):
             self._at(self.now + self.signals_s, self._signal, None)
+
+    @property
+    def _quiet(self) -> bool:
+        """Whether nothing is to come but a tick and a signal."""
+        looks = (self._tick, self._signal)
+        return len(self._heap) <= len(looks) and all(
+            action in looks for _, _, action, _ in self._heap
+        )
 
     def _crash(self, crash: Crash) -> None:
         engine = self.engines.get(crash.worker)
