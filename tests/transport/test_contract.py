@@ -199,7 +199,7 @@ def test_a_lapsed_offer_is_refused_and_never_read(pair):
 
 def test_another_generation_is_another_transfer(pair):
     id = TransferId.fresh("r")
-    other = attrs.evolve(id, generation=id.generation ^ 1)
+    other = id._replace(generation=id.generation ^ 1)
     pair.source.offer(Offer(id=id, blocks=[1]))
     pair.target.fetch(Fetch(id=other, peer=pair.peer, blocks=[1]))
     pair.until(lambda: pair.free(other))

@@ -40,7 +40,7 @@ def target():
 
 def data(target, of_layer, **changes):
     sums = target.sums(of_layer, of_layer + 1, np.array([2, 3]))
-    frame = Frame(Kind.DATA, "r", 1, of_layer, values=sums, blocks=2)
+    frame = Frame(Kind.DATA, ID, of_layer, values=sums, blocks=2)
     return attrs.evolve(frame, **changes).seal(KEY, "s", "t")
 
 
@@ -59,8 +59,8 @@ def test_what_is_said_twice_counts_once(target):
 @pytest.mark.parametrize(
     "change",
     [
-        {"generation": 2},
-        {"request": "other"},
+        {"id": ID._replace(generation=2)},
+        {"id": ID._replace(request="other")},
         {"attempt": 1},
         {"layer": 7},
         {"layers": 2},
@@ -78,9 +78,9 @@ def test_what_does_not_fit_is_dropped(target, change):
 def test_what_another_peer_says_of_it_is_dropped(target):
     target.meet("x", 0.0)
     sums = target.sums(0, 1, np.array([2, 3]))
-    frame = Frame(Kind.DATA, "r", 1, 0, values=sums, blocks=2).seal(KEY, "x", "t")
+    frame = Frame(Kind.DATA, ID, 0, values=sums, blocks=2).seal(KEY, "x", "t")
     assert hear(target, frame, sender="x") == []
-    fail = Frame(Kind.FAIL, "r", 1, text=b"no").seal(KEY, "x", "t")
+    fail = Frame(Kind.FAIL, ID, text=b"no").seal(KEY, "x", "t")
     assert hear(target, fail, sender="x") == []
     assert held(target)["fetches"] == 1
 
@@ -106,7 +106,7 @@ class Source:
         self.end = Endpoint("s", KEY, LAYOUT, 8, settings=settings)
         self.end.meet("t", 0.0)
         self.end.offer(Offer(id=ID, blocks=[0, 1]), 0.0)
-        self.hear(Frame(Kind.ASK, "r", 1, values=np.array([4, 5]), text=b"9000"))
+        self.hear(Frame(Kind.ASK, ID, values=np.array([4, 5]), text=b"9000"))
         while self.end.pump():
             pass
         self.writes = [e for e in self.end.outbox.effects if isinstance(e, Write)]
@@ -134,7 +134,7 @@ def test_a_target_hears_that_it_may_reuse_its_blocks_when_no_write_can_land(asks
     ]
     assert source.end.sources.writing_to() == {"t"}
     if asks:
-        source.hear(Frame(Kind.ABORT, "r", 1, text=b"the deadline passed"), 2.1)
+        source.hear(Frame(Kind.ABORT, ID, text=b"the deadline passed"), 2.1)
     first, second = source.writes
     source.end.wrote(first.token, None, 2.2)
     assert source.said() == []

@@ -7,7 +7,7 @@ import enum
 import secrets
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import attrs
 
@@ -24,8 +24,7 @@ class Side(enum.Enum):
     TARGET = "target"
 
 
-@attrs.frozen
-class TransferId:
+class TransferId(NamedTuple):
     """Names one hand-off; no two ever share a name.
 
     Attributes:

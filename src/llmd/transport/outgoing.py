@@ -35,7 +35,7 @@ class Piece:
         )
         layers = self.layers + other.layers
         if adjacent and alike and layers * self.blocks <= piece_blocks:
-            return attrs.evolve(self, layers=layers)
+            return Piece(self.layer, self.start, self.blocks, self.attempt, layers)
         return None
 
 
@@ -85,9 +85,10 @@ class Outgoing:
         self._target = frame.values.astype(np.int64)
         self._left = np.ones((self.layers, wanted), dtype=np.bool_)
         self._missing = self.layers * wanted
-        ready = range(self.layers) if self.offer.ready else sorted(self._ready)
-        for layer in ready:
-            self._cut(layer, piece_blocks)
+        if self.offer.ready:
+            self._cut(0, self.layers, piece_blocks)
+        for layer in sorted(self._ready):
+            self._cut(layer, 1, piece_blocks)
         return None
 
     def ready(self, layer: int, piece_blocks: int) -> None:
@@ -96,7 +97,7 @@ class Outgoing:
             return
         self._ready.add(layer)
         if self._left is not None:
-            self._cut(layer, piece_blocks)
+            self._cut(layer, 1, piece_blocks)
 
     def next_piece(self, piece_blocks: int) -> Piece | None:
         """Return what to write next, as much as may be at once, if anything."""
@@ -122,8 +123,7 @@ class Outgoing:
             words = sums(piece.layer, piece.layer + piece.layers, source)
         frame = Frame(
             Kind.DATA,
-            self.offer.id.request,
-            self.offer.id.generation,
+            self.offer.id,
             piece.layer,
             piece.attempt,
             piece.start,
@@ -176,11 +176,15 @@ class Outgoing:
         """There is something to write."""
         return bool(self._queue) and self.error is None
 
-    def _cut(self, layer: int, piece_blocks: int) -> None:
-        wanted = len(self._target)
-        for start in range(0, wanted, piece_blocks):
-            blocks = min(piece_blocks, wanted - start)
-            self._queue.append(Piece(layer, start, blocks))
+    def _cut(self, layer: int, layers: int, piece_blocks: int) -> None:
+        """Queue some layers, as many at once as one piece takes."""
+        wanted, stop = len(self._target), layer + layers
+        together = max(1, piece_blocks // wanted)
+        for first in range(layer, stop, together):
+            for start in range(0, wanted, piece_blocks):
+                blocks = min(piece_blocks, wanted - start)
+                count = min(together, stop - first)
+                self._queue.append(Piece(first, start, blocks, layers=count))
 
 
 def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -64,8 +64,8 @@ class Incoming:
             found = sums(frame.layer, last, self._blocks[frame.start : stop])
             if found.shape != frame.values.shape:
                 return None
-            wrong = found != frame.values
-            if wrong.any():
+            if found.tobytes() != frame.values.tobytes():
+                wrong = found != frame.values
                 due[:] = np.where(wrong.reshape(due.shape), frame.attempt + 1, -1)
                 damaged = np.flatnonzero(wrong)
                 self.damaged_blocks += len(damaged)
@@ -116,8 +116,7 @@ class Targets:
             return
         ask = Frame(
             Kind.ASK,
-            fetch.id.request,
-            fetch.id.generation,
+            fetch.id,
             layer=int(fetch.early),
             start=fetch.first,
             values=np.array(fetch.blocks, dtype=np.uint64),
@@ -209,8 +208,7 @@ class Targets:
     def _acknowledge(self, peer: PeerId, frame: Frame) -> None:
         ack = Frame(
             Kind.ACK,
-            frame.request,
-            frame.generation,
+            frame.id,
             frame.layer,
             frame.attempt,
             frame.start,
