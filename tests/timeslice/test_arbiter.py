@@ -237,8 +237,8 @@ def test_the_ring_goes_on_behind_a_policy_that_failed_for_a_while(failing):
     workers = [worker(name, finite(), awake_bytes=10.0) for name in "abc"]
     policy = Shaky(quantum_s=0.2)
     gpu = SurvivingGpu(GpuArbiter(policy, memory_bytes=20.0), workers, {"b": 0.5})
-    gpu._at(0.3, lambda: setattr(policy, "failing", failing))
-    gpu._at(2.0, lambda: setattr(policy, "failing", ""))
+    gpu._agenda.put(0.3, lambda _: setattr(policy, "failing", failing))
+    gpu._agenda.put(2.0, lambda _: setattr(policy, "failing", ""))
     gpu.run(until=60.0)
     assert policy.blamed
     assert [one.ended for one in workers if one.name != "b"] == [20, 20]
@@ -287,7 +287,7 @@ def test_a_policy_may_be_replaced_in_a_turn(policy):
     workers = [worker(name, finite()) for name in "abc"]
     gpu = SimGpu(GpuArbiter(QuantumScheduler(quantum_s=0.4)), workers)
     for at in (0.3, 0.6, 1.1, 1.7):
-        gpu._at(at, lambda: setattr(gpu.arbiter, "policy", policy()))
+        gpu._agenda.put(at, lambda _: setattr(gpu.arbiter, "policy", policy()))
     gpu.run(until=60.0)
     assert [one.ended for one in workers] == [20, 20, 20]
 

@@ -199,9 +199,9 @@ def test_a_turn_that_another_policy_gave_is_owed_to_nobody():
     workers = [worker(name, endless()) for name in "ab"]
     gpu = SimGpu(GpuArbiter(FifoLock()), workers)
     policy = QuantumScheduler(quantum_s=0.5)
-    gpu._at(10.0, lambda: setattr(gpu.arbiter, "policy", policy))
+    gpu._agenda.put(10.0, lambda _: setattr(gpu.arbiter, "policy", policy))
     # The lock is asked when something happens, which is here never.
-    gpu._at(10.0, lambda: gpu._tell(Asked(10.0)))
+    gpu._agenda.put(10.0, lambda _: gpu._tell(Asked(10.0)))
     turns = gpu.run(until=20.0).turns
     assert turns[0].run_s > 9.9
     assert all(turn.run_s < 0.6 for turn in turns[1:])

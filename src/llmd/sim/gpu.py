@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from ..timeslice import (
     TurnTaken,
     Wanted,
 )
+from .agenda import Agenda
 
 
 @attrs.frozen(kw_only=True)
@@ -217,8 +217,7 @@ class SimGpu:
     stuck: Mapping[str, Action] = attrs.field(factory=dict)
 
     now: float = attrs.field(default=0.0, init=False)
-    _heap: list[tuple[float, int, Any]] = attrs.field(factory=list, init=False)
-    _order: Any = attrs.field(factory=itertools.count, init=False)
+    _agenda: Agenda = attrs.field(factory=Agenda, init=False)
     _alive: dict[str, GpuWorker] = attrs.field(init=False)
     _free: set[str] = attrs.field(factory=set, init=False)
     _stepping: dict[str, float] = attrs.field(factory=dict, init=False)
@@ -249,10 +248,10 @@ class SimGpu:
             jobs = iter(worker.jobs)
             self._next_job(worker, jobs)
         for engine, at in self.crashes.items():
-            self._at(at, lambda engine=engine: self._crash(engine))
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, act = heapq.heappop(self._heap)
-            act()
+            self._agenda.put(at, self._crash, engine)
+        for at, action, argument in self._agenda.until(until):
+            self.now = at
+            action(argument)
         self.now = until
         return self._report()
 
@@ -267,17 +266,14 @@ class SimGpu:
             complaints=tuple(self._complaints),
         )
 
-    def _at(self, when: float, act: Any) -> None:
-        heapq.heappush(self._heap, (when, next(self._order), act))
-
     def _next_job(self, worker: GpuWorker, jobs: Any) -> None:
         job = next(jobs, None)
         if job is not None:
-            self._at(
-                max(job.arrived_at, self.now), lambda: self._come(worker, job, jobs)
-            )
+            at = max(job.arrived_at, self.now)
+            self._agenda.put(at, self._come, (worker, job, jobs))
 
-    def _come(self, worker: GpuWorker, job: Job, jobs: Any) -> None:
+    def _come(self, arrival: tuple[GpuWorker, Job, Any]) -> None:
+        worker, job, jobs = arrival
         self._next_job(worker, jobs)
         if worker.name in self._alive:
             worker.arrive(job)
@@ -290,7 +286,7 @@ class SimGpu:
         alarm = self.arbiter.alarm
         if alarm < math.inf and alarm != self._alarm:
             self._alarm = alarm
-            self._at(alarm, lambda: self._ring(alarm))
+            self._agenda.put(alarm, self._ring, alarm)
 
     def _ring(self, alarm: float) -> None:
         if self.arbiter.alarm == alarm:
@@ -303,7 +299,7 @@ class SimGpu:
                 self._do(engine, action)
             case Lost(engine=engine, reason=reason):
                 self._lost[engine] = reason
-                self._at(self.now, lambda: self._crash(engine))
+                self._agenda.put(self.now, self._crash, engine)
             case Complain(what=what):
                 self._complaints.append(what)
             case Blame(error=error):
@@ -323,9 +319,10 @@ class SimGpu:
         if action is Action.PAUSE:
             self._free.discard(engine)
             start = self._stepping.get(engine, self.now)
-        self._at(start + costs[action], lambda: self._did(engine, action))
+        self._agenda.put(start + costs[action], self._did, (engine, action))
 
-    def _did(self, engine: str, action: Action) -> None:
+    def _did(self, done: tuple[str, Action]) -> None:
+        engine, action = done
         if engine not in self._alive:
             return
         if self.broken.get(engine) is action:
@@ -343,9 +340,10 @@ class SimGpu:
         took = self._alive[engine].begin_step()
         if took is not None:
             self._stepping[engine] = self.now + took
-            self._at(self.now + took, lambda: self._stepped(engine, took))
+            self._agenda.put(self.now + took, self._stepped, (engine, took))
 
-    def _stepped(self, engine: str, took_s: float) -> None:
+    def _stepped(self, step: tuple[str, float]) -> None:
+        engine, took_s = step
         self._stepping.pop(engine, None)
         worker = self._alive.get(engine)
         if worker is None:

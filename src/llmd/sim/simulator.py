@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import attrs
 
@@ -16,6 +13,8 @@ from ..cluster import Cluster
 from ..errors import InvalidRequest, PolicyError
 from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
+from .agenda import Agenda
+from .engines import Engine, staying, surplus
 from .faults import Crash
 from .handover import Handovers, Pair
 from .ledger import Ledger
@@ -31,17 +30,6 @@ _MOST_IDLE_TICKS = 10_000
 
 
 @attrs.define(eq=False)
-class _Engine:
-    """A model worker and when it was last told to be woken."""
-
-    model: ModelWorker
-    joined_at: float
-    wake: float = math.nan
-    left_at: float = math.inf
-    draining: bool = False
-
-
-@attrs.define(eq=False)
 class Simulator:
     """Drives a cluster through a workload, once.
 
@@ -53,7 +41,8 @@ class Simulator:
 
     Attributes:
         cluster: The same state machine that drives live engines.
-        machine: Step times of its workers.
+        machine: Step times of workers that name no machine of *machines*.
+        machines: Step times by the name in `Worker.machine`, for a mixed fleet.
         settings: How the engines schedule.
         spawn: Makes the worker of a given number, for a pool or for "", when
             the autoscaler wants one more.  A worker belongs to the pool of its
@@ -74,18 +63,18 @@ class Simulator:
 
     cluster: Cluster
     machine: Machine = attrs.field(factory=Machine)
+    machines: Mapping[str, Machine] = attrs.field(factory=dict, kw_only=True)
     settings: EngineSettings = attrs.field(factory=EngineSettings)
     spawn: Callable[[int, str], Worker] | None = None
     crashes: tuple[Crash, ...] = ()
     tick_s: float = 1.0
     signals_s: float = 0.0
 
-    engines: dict[WorkerId, _Engine] = attrs.field(factory=dict, init=False)
+    engines: dict[WorkerId, Engine] = attrs.field(factory=dict, init=False)
     ledger: Ledger = attrs.field(factory=Ledger, init=False)
     now: float = attrs.field(default=0.0, init=False)
     _handovers: Handovers = attrs.field(init=False)
-    _heap: list[tuple[float, int, Any, Any]] = attrs.field(factory=list, init=False)
-    _order: Any = attrs.field(factory=itertools.count, init=False)
+    _agenda: Agenda = attrs.field(factory=Agenda, init=False)
     _spawned: int = attrs.field(default=0, init=False)
     # When it looks again for what time alone brings, and when it last did.
     _looks_at: float = attrs.field(default=math.inf, init=False)
@@ -95,9 +84,9 @@ class Simulator:
     _idle_ticks: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        rate = self.machine.kv_bytes_per_token / self.machine.load_s_per_token(
-            Tier.REMOTE
-        )
+        # Links are alike: as fast as the slowest machine's.
+        known = [self.machine, *self.machines.values()]
+        rate = min([m.load_bytes_per_s[Tier.REMOTE - 1] for m in known])
         self._handovers = Handovers(Links(bytes_per_s=rate))
 
     def run(
@@ -132,28 +121,26 @@ class Simulator:
         for worker in workers:
             self._join(worker, State.READY)
         self._schedule()
-        heap, ledger = self._heap, self.ledger
-        while heap and heap[0][0] <= until and ledger.misses_left >= 0:
-            self.now, _, action, argument = heapq.heappop(heap)
+        for at, action, argument in self._agenda.until(until):
+            self.now = at
             action(argument)
+            if self.ledger.misses_left < 0:
+                break
         return Report.of(self, workload)
 
     def _schedule(self) -> None:
         for job in self.ledger.heads():
-            self._at(job.at, self._arrive, job)
+            self._agenda.put(job.at, self._arrive, job)
         for outcome in self.ledger.outcomes.values():
             if outcome.request.deadline < math.inf:
                 self._last_deadline = max(self._last_deadline, outcome.request.deadline)
         deadlines = self._last_deadline > -math.inf
         if self.tick_s and (self.cluster.autoscaler is not None or deadlines):
-            self._at(self.now, self._tick, None)
+            self._agenda.put(self.now, self._tick, None)
         if self.signals_s:
-            self._at(self.now, self._signal, None)
+            self._agenda.put(self.now, self._signal, None)
         for crash in self.crashes:
-            self._at(crash.at, self._crash, crash)
-
-    def _at(self, at: float, action: Any, argument: Any) -> None:
-        heapq.heappush(self._heap, (at, next(self._order), action, argument))
+            self._agenda.put(crash.at, self._crash, crash)
 
     # What the world does.
 
@@ -165,7 +152,7 @@ class Simulator:
         outcome.arrived = self.now
         outcome.request = request
         if job.cancel_after_s < math.inf:
-            self._at(self.now + job.cancel_after_s, self._cancel, job.id)
+            self._agenda.put(self.now + job.cancel_after_s, self._cancel, job.id)
         try:
             self._feed(e.RequestArrived(self.now, request))
         except PolicyError:
@@ -182,14 +169,14 @@ class Simulator:
             self._close(id, "cancelled")
             self._feed(e.RequestCancelled(self.now, id))
 
-    def _wake(self, engine: _Engine) -> None:
-        if engine.wake != self.now or engine.left_at <= self.now:
+    def _wake(self, engine: Engine) -> None:
+        if engine.wake != self.now or not engine.there:
             return  # An earlier plan that was changed since.
         model = engine.model
         engine.wake = math.nan
         model.finish(self.now)
         self._take_events(engine)
-        if not model.busy and engine.left_at > self.now:
+        if not model.busy and engine.there:
             self._awake(engine, model.plan(self.now))
         self._leave_if_done(engine)
 
@@ -200,29 +187,26 @@ class Simulator:
         last = _MOST_IDLE_TICKS if self.cluster.autoscaler is not None else 0
         late = self.now <= self._last_deadline
         if self.ledger.open and (self._idle_ticks <= last or late):
-            self._at(self.now + self.tick_s, self._tick, None)
+            self._agenda.put(self.now + self.tick_s, self._tick, None)
 
     def _signal(self, _: None) -> None:
         for id, engine in self.engines.items():
-            if engine.left_at > self.now:
+            if engine.there:
                 self._feed(
                     e.SignalsReported(self.now, id, engine.model.signals(self.now))
                 )
-        ticking = any(action == self._tick for _, _, action, _ in self._heap)
+        ticking = self._agenda.has(self._tick)
         if self.ledger.open and (ticking or not self._quiet):
-            self._at(self.now + self.signals_s, self._signal, None)
+            self._agenda.put(self.now + self.signals_s, self._signal, None)
 
     @property
     def _quiet(self) -> bool:
         """Whether nothing is to come but a tick and a signal."""
-        looks = (self._tick, self._signal)
-        return len(self._heap) <= len(looks) and all(
-            action in looks for _, _, action, _ in self._heap
-        )
+        return self._agenda.only(self._tick, self._signal)
 
     def _crash(self, crash: Crash) -> None:
         engine = self.engines.get(crash.worker)
-        if engine is None or engine.left_at <= self.now:
+        if engine is None or not engine.there:
             return
         engine.model.die(self.now)
         self._take_events(engine)
@@ -231,14 +215,14 @@ class Simulator:
             worker = attrs.evolve(
                 engine.model.worker, id=f"{crash.worker}-at-{self.now:g}"
             )
-            self._at(self.now + crash.restart_after_s, self._rejoin, worker)
+            self._agenda.put(self.now + crash.restart_after_s, self._rejoin, worker)
 
     def _rejoin(self, worker: Worker) -> None:
         if self.ledger.open:
             self._join(worker, State.READY)
 
     def _ready(self, worker: WorkerId) -> None:
-        if self.engines[worker].left_at > self.now and self.ledger.open:
+        if self.engines[worker].there and self.ledger.open:
             self._feed(e.WorkerChanged(self.now, worker, state=State.READY))
 
     # What the cluster commands.
@@ -253,7 +237,7 @@ class Simulator:
         at = self.cluster.opens_at()
         if at < self._looks_at and at > self._looked_at:
             self._looks_at = max(at, self.now)
-            self._at(self._looks_at, self._look, self._looks_at)
+            self._agenda.put(self._looks_at, self._look, self._looks_at)
 
     def _look(self, at: float) -> None:
         if at == self._looks_at:
@@ -291,7 +275,7 @@ class Simulator:
 
     def _submit(
         self,
-        engine: _Engine,
+        engine: Engine,
         outcome: Outcome,
         request: Request,
         *,
@@ -313,31 +297,31 @@ class Simulator:
             given=outcome.generated,
         )
         if intake := model.expect(sequence):
-            self._at(self.now + intake, self._enter, (engine, sequence))
+            self._agenda.put(self.now + intake, self._enter, (engine, sequence))
         else:
             self._enter((engine, sequence))
 
-    def _enter(self, entry: tuple[_Engine, Sequence]) -> None:
+    def _enter(self, entry: tuple[Engine, Sequence]) -> None:
         engine, sequence = entry
-        if engine.left_at > self.now:
+        if engine.there:
             self._awake(engine, engine.model.submit(sequence, self.now))
             if not engine.model.busy:
                 self._take_events(engine)
             self._leave_if_done(engine)
 
-    def _awake(self, engine: _Engine, at: float | None) -> None:
+    def _awake(self, engine: Engine, at: float | None) -> None:
         if at is not None:
             engine.wake = at
-            self._at(at, self._wake, engine)
+            self._agenda.put(at, self._wake, engine)
         if engine.model.has_news:
-            self._at(self.now, self._news, engine)
+            self._agenda.put(self.now, self._news, engine)
 
-    def _news(self, engine: _Engine) -> None:
+    def _news(self, engine: Engine) -> None:
         """Pass on what an engine told outside of its steps, in the same instant."""
-        if engine.left_at > self.now:
+        if engine.there:
             self._take_events(engine)
 
-    def _take_events(self, engine: _Engine) -> None:
+    def _take_events(self, engine: Engine) -> None:
         for event in engine.model.take():
             self.ledger.note(event)
             if isinstance(event, e.PrefillEnded):
@@ -348,7 +332,7 @@ class Simulator:
 
     def _close(self, id: RequestId, status: str) -> None:
         for job in self.ledger.close(id, status, self.now):
-            self._at(self.now + job.think_s, self._arrive, job)
+            self._agenda.put(self.now + job.think_s, self._arrive, job)
 
     # Hand-over of KV from a prefill worker.
 
@@ -360,22 +344,22 @@ class Simulator:
         request = self.ledger.outcomes[id].request
         size = engine.worker.block_tokens
         held = engine.kv.cache.held(request.hashes(size).tolist()) * size
-        moved = (request.prompt_tokens - held) * self.machine.kv_bytes_per_token
+        moved = (request.prompt_tokens - held) * engine.machine.kv_bytes_per_token
         self._handovers.begin(id, moved, self.now)
         self._expect_arrival()
 
     def _expect_arrival(self) -> None:
         at = self._handovers.next_end()
         if at < math.inf:
-            self._at(at, self._moved, None)
+            self._agenda.put(at, self._moved, None)
 
     def _moved(self, _: None) -> None:
         for id, pair in self._handovers.arrived(self.now):
             source, target = self.engines[pair.source], self.engines[pair.target]
             outcome = self.ledger.outcomes[id]
-            if target.left_at > self.now and not outcome.status:
+            if target.there and not outcome.status:
                 self._submit(target, outcome, outcome.request, remote=True)
-            if source.left_at > self.now:
+            if source.there:
                 self._awake(source, source.model.release(id, self.now))
                 self._leave_if_done(source)
         self._expect_arrival()
@@ -393,8 +377,8 @@ class Simulator:
         self._drop(id)
         self._abort_on(self.engines[worker], id)
 
-    def _abort_on(self, engine: _Engine, id: RequestId) -> None:
-        if engine.left_at > self.now:
+    def _abort_on(self, engine: Engine, id: RequestId) -> None:
+        if engine.there:
             self._awake(engine, engine.model.abort(id, self.now))
             self._leave_if_done(engine)
 
@@ -403,8 +387,9 @@ class Simulator:
     def _join(self, worker: Worker, state: State) -> None:
         self._spawned += 1
         worker = attrs.evolve(worker, state=state)
-        model = ModelWorker(worker, self.machine, self.settings)
-        self.engines[worker.id] = _Engine(model, self.now)
+        machine = self.machines.get(worker.machine, self.machine)
+        model = ModelWorker(worker, machine, self.settings)
+        self.engines[worker.id] = Engine(model, self.now)
         self._feed(e.WorkerJoined(self.now, worker))
 
     def _leave(self, worker: WorkerId) -> None:
@@ -419,42 +404,28 @@ class Simulator:
             why = "the KV to be fetched was lost"
             self._feed(e.RequestEnded(self.now, pair.target, id, why))
 
-    def _leave_if_done(self, engine: _Engine) -> None:
+    def _leave_if_done(self, engine: Engine) -> None:
         """Let a worker go that was asked to, once nothing is there or promised."""
-        there = engine.draining and engine.left_at > self.now
+        there = engine.draining and engine.there
         if there and not self._burden(engine):
             self._leave(engine.model.worker.id)
 
-    def _burden(self, engine: _Engine) -> int:
+    def _burden(self, engine: Engine) -> int:
         """Count what an engine has to do, and what is promised to it."""
         promised = self._handovers.of_target(engine.model.worker.id)
         return len(engine.model.held.keys() | {id for id, _ in promised})
 
     def _scale(self, workers: int, pool: str) -> None:
-        alive = [
-            id
-            for id, engine in self.engines.items()
-            if engine.left_at > self.now
-            and not engine.draining
-            and _belongs(engine.model.worker, pool)
-        ]
+        alive = staying(self.engines, pool)
         for _ in range(workers - len(alive)):
             if self.spawn is None:
                 raise InvalidRequest("the autoscaler wants workers: set `spawn`")
             worker = self.spawn(self._spawned, pool)
             self._join(worker, State.STARTING)
-            self._at(self.now + self.settings.cold_start_s, self._ready, worker.id)
-        # The emptiest go, of equals the youngest.
-        alive.reverse()
-        alive.sort(key=lambda id: self._burden(self.engines[id]))
-        surplus = alive[: max(len(alive) - workers, 0)]
-        for id in surplus:
+            ready_at = self.now + self.settings.cold_start_s
+            self._agenda.put(ready_at, self._ready, worker.id)
+        for id in surplus(alive, workers, lambda id: self._burden(self.engines[id])):
             engine = self.engines[id]
             engine.draining = True
             self._feed(e.WorkerChanged(self.now, id, state=State.DRAINING))
             self._leave_if_done(engine)
-
-
-def _belongs(worker: Worker, pool: str) -> bool:
-    role = worker.role.name or ""
-    return pool in ("", worker.machine, role.lower()) or pool in worker.models
