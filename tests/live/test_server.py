@@ -472,3 +472,12 @@ async def test_an_engine_that_fails_fast_does_not_swallow_the_fleet(make_engine)
         )
         assert answers == [[7] * 3] * 50
         assert booked(server) == 0
+
+
+async def test_a_worker_is_of_the_machine_that_was_named_for_it(make_engine):
+    async with Server() as server:
+        worker = llmd.Worker(id="w", machine="h200")
+        await server.add(make_engine(), "w", expected=worker)
+        (facts,) = server.cluster.view.workers.facts
+        assert facts.machine == "h200"
+        assert facts.max_model_tokens == 1000  # what the engine says of itself

@@ -107,3 +107,29 @@ def test_prompts_of_one_step_look_at_their_own_tokens_only():
     assert both == pytest.approx(two - 1000 * 1000 * attention)
     assert both < 2 * one
     assert merged_context([]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decode_floor_s": 0.0},
+        {"prefill_floor_s": float("nan")},
+        {"prefill_s_per_token": -1e-6},
+        {"decode_s_per_request": float("inf")},
+        {"knee": 0.5},
+        {"kv_bytes_per_token": float("nan")},
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(change):
+    (name,) = change
+    with pytest.raises(InvalidHardware, match=name):
+        Machine(**change)
+
+
+def test_a_step_with_a_prompt_may_add_to_those_that_generate():
+    made = attrs.evolve(Machine(), knee=1.0, prefill_floor_s=Machine().decode_floor_s)
+    sizes = [(tokens, 0, n, n * 100) for tokens in (0, 64, 512) for n in (1, 8, 32)]
+    steps = [Step(*size, made.step_s(*size)) for size in sizes]
+    fitted = fit_from_probe(steps)
+    assert fitted.knee == 1.0
+    assert errors(fitted, steps).worst < 0.001

@@ -79,7 +79,8 @@ class Server:
             engine: To start.
             worker: Its id; made up if not given.
             expected: What it will probably say of itself, for policies that
-                count starting workers by role or machine.
+                count starting workers by role or machine; its machine is kept if
+                the engine names none.
 
         Raises:
             EngineError: It did not start; the fleet is as before.
@@ -103,7 +104,9 @@ class Server:
         # One that shares its GPU may begin asleep.
         asleep = facts.state is State.SLEEPING
         state = State.SLEEPING if asleep else State.READY
-        facts = attrs.evolve(facts, id=worker, state=state)
+        # Engines do not know what their machine is called.
+        machine = facts.machine or expected.machine
+        facts = attrs.evolve(facts, id=worker, state=state, machine=machine)
         self.handle(e.WorkerChanged(self.clock(), worker, facts=facts))
         self._watchers[worker] = asyncio.create_task(self._watch(worker, engine))
         return worker

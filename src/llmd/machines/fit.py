@@ -21,7 +21,7 @@ PARAMETERS = (
     "decode_s_per_request",
     "decode_s_per_context_token",
 )
-KNEES = (1.3, 1.6, 2.0, 2.5)
+KNEES = (1.0, 1.3, 1.6, 2.0, 2.5)
 _LEAST = 1e-15
 _OUTLYING = 0.03
 _ITERATIONS = 200

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TypeVar
 
 import attrs
 import numpy as np
 
+from ..errors import InvalidHardware
 from ..types import Tier
 from ..view import Floats
 from .detect import Answers, detect
@@ -15,6 +17,22 @@ from .hardware import H200, Hardware
 from .shape import QWEN25_7B, Shape
 
 Amount = TypeVar("Amount", float, Floats)
+
+# A step takes some time, however short: time goes on.
+_LEAST = {
+    "prefill_floor_s": 1e-15,
+    "decode_floor_s": 1e-15,
+    "graph_tokens": 0.0,
+    "graph_floor_s": 1e-15,
+    "knee": 1.0,
+    "prefill_s_per_token": 0.0,
+    "attention_s_per_token2": 0.0,
+    "prefix_s_per_token": 0.0,
+    "decode_s_per_request": 0.0,
+    "decode_s_per_context_token": 0.0,
+    "kv_bytes_per_token": 0.0,
+    "weights_bytes": 0.0,
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -79,6 +97,10 @@ class Machine:
         weights_bytes: Of the model.
         hardware: What it runs on.
 
+    Raises:
+        InvalidHardware: An amount is negative or no number, a floor is 0, or the
+            knee is below 1.
+
     >>> machine = Machine()
     >>> 0.04 < machine.prefill_s(2048) < 0.06
     True
@@ -100,6 +122,16 @@ class Machine:
     kv_bytes_per_token: float = QWEN25_7B.kv_bytes_per_token
     weights_bytes: float = QWEN25_7B.weights_bytes
     hardware: Hardware = H200
+
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.knee, np.ndarray):
+            return  # of a whole fleet, made of machines that were looked at
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise InvalidHardware(
+                    f"Machine.{name} is {value}, must be at least {least} and finite"
+                )
 
     @classmethod
     def of(

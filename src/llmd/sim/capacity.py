@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -87,6 +87,7 @@ def capacities(
     precision: float = 0.02,
     workers: int | Sequence[Worker] = 8,
     machine: Machine | None = None,
+    machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
     jobs: int = 1,
 ) -> dict[str, Capacity]:
@@ -104,6 +105,7 @@ def capacities(
         precision: Part of the rate to which it is found.
         workers: As for `simulate`.
         machine: As for `simulate`.
+        machines: As for `simulate`.
         settings: As for `simulate`.
         jobs: Processes to spread the searches over.
 
@@ -117,6 +119,7 @@ def capacities(
         workloads=kinds(workload, seeds),
         workers=workers,
         machine=machine,
+        machines=machines,
         settings=settings,
         slo=slo,
         precision=precision,
@@ -140,6 +143,7 @@ def capacity(
     *,
     workers: int | Sequence[Worker] = 8,
     machine: Machine | None = None,
+    machines: Mapping[str, Machine] | None = None,
     precision: float = 0.02,
 ) -> Capacity:
     """Find the highest rate at which *policy* meets *slo*; see `capacities`.
@@ -159,6 +163,7 @@ def capacity(
                 slo,
                 workers=workers,
                 machine=machine,
+                machines=machines,
                 precision=precision,
             ).values()
         )

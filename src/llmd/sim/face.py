@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
@@ -59,6 +59,7 @@ def simulate(
     *,
     workers: int | Sequence[Worker] = 8,
     machine: Machine | None = None,
+    machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
     crashes: Iterable[Crash] = (),
     signals_s: float = 0.0,
@@ -73,7 +74,8 @@ def simulate(
         policy: A router, a cluster not used before, or a function making one.
         workload: What arrives.
         workers: How many equal workers, or the workers themselves.
-        machine: Step times of each.
+        machine: Step times of each that names no machine of *machines*.
+        machines: Step times by the name in `Worker.machine`, for a mixed fleet.
         settings: How each schedules.
         crashes: Workers that die on the way.
         signals_s: Seconds between two reports of each engine; 0 for none.
@@ -98,6 +100,7 @@ def simulate(
     simulator = Simulator(
         cluster,
         machine=machine or Machine(),
+        machines=machines or {},
         settings=settings or EngineSettings(),
         spawn=lambda row, pool: attrs.evolve(template, id=f"{template.id}-{row}"),
         crashes=tuple(crashes),

@@ -9,7 +9,7 @@ would have done for each request.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -188,6 +188,7 @@ def counterfactual(
     policies: Policies,
     *,
     machine: Machine | None = None,
+    machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
     jobs: int = 1,
 ) -> Comparison:
@@ -202,6 +203,7 @@ def counterfactual(
         path: Of the recording.
         policies: By name, or in a list.
         machine: Step times of the workers; fit them to the fleet.
+        machines: Where they differ, by the name in `Worker.machine`.
         settings: How the engines schedule.
         jobs: Processes to spread the runs over.
     """
@@ -211,6 +213,7 @@ def counterfactual(
         recording.workload,
         workers=recording.workers,
         machine=machine,
+        machines=machines,
         settings=settings,
         jobs=jobs,
     )

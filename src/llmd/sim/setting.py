@@ -27,8 +27,9 @@ class Setting:
     Attributes:
         policies: By name.
         workloads: One for each seed.
-        workers: As for `simulate`, like the next two.
+        workers: As for `simulate`, like the next three.
         machine: Step times.
+        machines: By name.
         settings: How engines schedule.
         slo: What counts as good, or must be kept.
         precision: Part of a rate to which a search goes.
@@ -39,6 +40,7 @@ class Setting:
     workloads: tuple[Workload, ...]
     workers: int | Sequence[Worker]
     machine: Machine | None
+    machines: Mapping[str, Machine] | None
     settings: EngineSettings | None
     slo: Slo = attrs.field(factory=Slo)
     precision: float = 0.02
@@ -53,6 +55,7 @@ class Setting:
             workload,
             workers=self.workers,
             machine=self.machine,
+            machines=self.machines,
             settings=self.settings,
             give_up=give_up,
         )

@@ -151,6 +151,7 @@ def compare(
     slo: Slo | None = None,
     workers: int | Sequence[Worker] = 8,
     machine: Machine | None = None,
+    machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
     jobs: int = 1,
 ) -> Comparison:
@@ -163,6 +164,7 @@ def compare(
         slo: What counts as good.
         workers: As for `simulate`.
         machine: As for `simulate`.
+        machines: As for `simulate`.
         settings: As for `simulate`.
         jobs: Processes to spread the runs over.
     """
@@ -171,6 +173,7 @@ def compare(
         workloads=kinds(workload, seeds),
         workers=workers,
         machine=machine,
+        machines=machines,
         settings=settings,
         slo=slo or Slo(ttft_s=2.0, tpot_s=0.05),
     )
