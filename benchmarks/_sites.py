@@ -17,19 +17,29 @@ class Site:
         shape: Of the model, for its config.json.
         options: Of each engine.
         step_tokens: Most tokens a step computes.
+        shared: The client shares cores with the engines.
         prompts: Lengths to probe, in one step each.
+        joining: Lengths to probe beside requests that generate.
         contexts: Cached tokens ahead of them.
+        cached: Tokens of context of all requests of a probe, at most.
         batches: Requests that decode together.
+        answer: Tokens of their answers; a probe takes some thirty seconds.
         scale: Of the workloads' lengths.
+        requests: Of each workload, at least.
     """
 
     shape: dict[str, Any]
     options: dict[str, Any]
     step_tokens: int
+    shared: bool
     prompts: tuple[int, ...]
+    joining: tuple[int, ...]
     contexts: tuple[int, ...]
+    cached: int
     batches: tuple[int, ...]
+    answer: int
     scale: float
+    requests: int
 
     @property
     def vocabulary(self) -> int:
@@ -95,18 +105,25 @@ def _shape(hidden: int, layers: int, heads: int, kv_heads: int, **more: int) -> 
 
 
 CPU = Site(
-    shape=_shape(512, 4, 8, 4, intermediate_size=1408, vocab_size=2048),
+    # Deep and narrow: its steps are long beside what the client does for each token,
+    # which takes the same cores, and fit into caches, as the cores share the memory.
+    shape=_shape(128, 96, 4, 1, intermediate_size=352, vocab_size=2048),
     options={
         "max_model_len": 4096,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 96 << 20,
+        "kv_cache_memory_bytes": 288 << 20,
     },
     step_tokens=512,
+    shared=True,
     prompts=(16, 48, 128, 256, 384, 500),
+    joining=(16, 128, 384),
     contexts=(0, 512, 1536),
+    cached=6144,
     batches=(1, 2, 4, 8, 12, 16),
+    answer=12,
     scale=0.25,
+    requests=300,
 )
 GPU = Site(
     shape={
@@ -121,8 +138,13 @@ GPU = Site(
         "gpu_memory_utilization": 0.6,
     },
     step_tokens=2048,
+    shared=False,
     prompts=(64, 256, 512, 1024, 1536, 2000),
+    joining=(64, 256, 512, 1024, 1536, 2000),
     contexts=(0, 2048, 8192),
+    cached=140_000,
     batches=(1, 4, 16, 32, 64, 128),
+    answer=30,
     scale=1.0,
+    requests=40,
 )

@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import math
 import os
 import tempfile
 import time
@@ -31,7 +32,7 @@ from typing import Any
 
 import attrs
 import numpy as np
-from _engine_probe import Prober, intake
+from _engine_probe import Asked, Prober, intake
 from _sites import CPU, GPU, Site
 
 import llmd
@@ -60,32 +61,41 @@ def figures(report: Report) -> dict[str, float]:
 
 
 def saturation(site: Site, name: str, fleet: Fleet) -> float:
-    """Return the requests a second that the modelled fleet answers at most."""
-    requests = 60 * len(fleet.workers)
-    crowd = site.workload(name, 1e4, requests)
-    # Followers wait for their turn and think: take their place in the crowd.
-    alone = [attrs.evolve(job, follows="", think_s=0.0, at=0.0) for job in crowd.jobs]
-    report = fleet.simulate(attrs.evolve(crowd, jobs=alone))
-    return requests / report.span_s
+    """Return the requests a second that the modelled fleet answers at most.
+
+    What it answers of a crowd is a first guess.  Caches fill and are fought for
+    only as time goes on: then it is sent twice as much for a while.
+    """
+    rate = math.inf
+    for requests in (60 * len(fleet.workers), 300):
+        load = site.workload(name, 1.0, requests)
+        # Followers wait for their turn and think: take their place in the flood.
+        alone = [
+            attrs.evolve(job, follows="", think_s=0.0, at=number / (2 * rate))
+            for number, job in enumerate(load.jobs)
+        ]
+        report = fleet.simulate(attrs.evolve(load, jobs=alone))
+        rate = requests / report.span_s
+    return rate
 
 
 @attrs.define
 class Fleet:
-    """The engines' facts, and the machine and settings that were fitted to them."""
+    """The engines' facts, and the machines and settings that were fitted to them."""
 
     workers: list[llmd.Worker]
-    machine: Machine
+    machines: dict[str, Machine]
     settings: EngineSettings
 
     def router(self) -> llmd.Router:
-        return llmd.LeastDelay(self.machine)
+        return llmd.LeastDelay(machines=self.machines)
 
     def simulate(self, workload: Workload) -> Report:
         return simulate(
             self.router(),
             workload,
             workers=self.workers,
-            machine=self.machine,
+            machines=self.machines,
             settings=self.settings,
         )
 
@@ -100,7 +110,8 @@ async def started(
         async with Server(llmd.Cluster()) as server:
             made = [_engine(site, folder) for _ in range(engines)]
             for number, engine in enumerate(made):
-                await server.add(engine, f"w{number}")
+                name = f"w{number}"
+                await server.add(engine, name, llmd.Worker(id=name, machine=name))
                 if site is CPU:
                     _pin(engine, number)
             # The engines take every core there is: let this thread have its turn.
@@ -119,7 +130,7 @@ async def measure(
     """Probe, fit, and run *cells*; have *keep* keep all figures so far."""
     async with started(site, engines) as (server, made):
         begun = time.perf_counter()
-        probers = [Prober(engine, site) for engine in made]
+        probers = _probers(server, site)
         # At once, as they share a host and slow each other down.
         await asyncio.gather(*(prober.run() for prober in probers))
         probed_s = time.perf_counter() - begun
@@ -135,34 +146,45 @@ async def measure(
 def _fitted(
     server: Server, engine: VllmEngine, probers: Sequence[Prober]
 ) -> tuple[Fleet, dict[str, Any]]:
-    """Return the fleet as the probe says it is, and that in figures."""
-    steps = [step for prober in probers for step in prober.steps]
+    """Return the fleet as the probe says it is, and that in figures.
+
+    Engines that are alike need not be as fast: one may share its core.
+    """
+    facts = [*server.cluster.view.workers.facts]
+    start = Machine(graph_tokens=_graph_tokens(engine))
+    machines = {
+        worker.machine: fit_from_probe(prober.steps, start)
+        for worker, prober in zip(facts, probers, strict=True)
+    }
+    fits = [
+        errors(machine, prober.steps)
+        for machine, prober in zip(machines.values(), probers, strict=True)
+    ]
     rests = [rest for prober in probers for rest in prober.rests]
-    machine = fit_from_probe(steps, Machine(graph_tokens=_graph_tokens(engine)))
-    fit = errors(machine, steps)
     base, each = intake(rests)
-    print(f"fit: {fit}; intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token")
-    scheduling = engine._llm.vllm_config.scheduler_config
+    print(
+        *fits, f"intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token", sep="; "
+    )
     settings = EngineSettings(
-        step_tokens=scheduling.max_num_batched_tokens,
-        steps_ahead=int(scheduling.async_scheduling),
+        step_tokens=engine._llm.vllm_config.scheduler_config.max_num_batched_tokens,
+        steps_ahead=int(_ahead(engine)),
         intake_s=base,
         intake_s_per_token=each,
     )
-    facts = [*server.cluster.view.workers.facts]
     found: dict[str, Any] = {
-        "fit": attrs.asdict(fit),
-        "machine": {
-            name: value
-            for name, value in attrs.asdict(machine).items()
-            if isinstance(value, float)
-        },
-        "steps": [attrs.astuple(step) for step in steps],
+        "fits": [attrs.asdict(fit) for fit in fits],
+        "machines": [_figures(machine) for machine in machines.values()],
+        "steps": [[attrs.astuple(s) for s in prober.steps] for prober in probers],
         "intake": [base, each],
         "rests": rests,
         "rows": [],
     }
-    return Fleet(facts, machine, settings), found
+    return Fleet(facts, machines, settings), found
+
+
+def _figures(machine: Machine) -> dict[str, float]:
+    kept = attrs.asdict(machine).items()
+    return {name: value for name, value in kept if isinstance(value, float)}
 
 
 async def watch(site: Site, engines: int, seconds: float) -> None:
@@ -172,7 +194,7 @@ async def watch(site: Site, engines: int, seconds: float) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             await prober.decode(4, 512)
-            await prober.prefill(128, 0)
+            await prober.prefill(128, [])
 
     def show(name: str) -> None:
         steps = [step for prober in probers for step in prober.steps]
@@ -182,10 +204,10 @@ async def watch(site: Site, engines: int, seconds: float) -> None:
             what = "a prompt of 100 to 128 tokens" if kind else "a token of 4 requests"
             print(f"{name}: {what} {low:.2f}, {middle:.2f}, {high:.2f} ms", flush=True)
 
-    async with started(site, engines) as (_, made):
-        probers = [Prober(engine, site) for engine in made]
+    async with started(site, engines) as (server, _):
+        probers = _probers(server, site)
         for prober in probers:
-            await prober.prefill(500, 0)
+            await prober.prefill(500, [])
             prober.steps.clear()
             await spend(prober)
         show("alone (p5, p50, p95)")
@@ -204,7 +226,7 @@ async def _grid(
 ) -> AsyncIterator[dict[str, Any]]:
     for name, load in cells:
         rate = load * saturation(site, name, fleet)
-        workload = site.workload(name, rate, max(int(rate * seconds), 40))
+        workload = site.workload(name, rate, max(int(rate * seconds), site.requests))
         await _clear(server)
         server.cluster.router = fleet.router()
         generator = LoadGenerator(server, vocabulary=site.vocabulary)
@@ -245,6 +267,18 @@ def _pin(engine: VllmEngine, core: int) -> None:
     for process in engine._cores:
         for thread in os.listdir(f"/proc/{process.pid}/task"):
             os.sched_setaffinity(int(thread), {core % (os.cpu_count() or 1)})
+
+
+def _probers(server: Server, site: Site) -> list[Prober]:
+    server.cluster.router = Asked()
+    return [
+        Prober(server, worker, site, _ahead(engine))
+        for worker, engine in server.engines.items()
+    ]
+
+
+def _ahead(engine: VllmEngine) -> bool:
+    return bool(engine._llm.vllm_config.scheduler_config.async_scheduling)
 
 
 def _graph_tokens(engine: VllmEngine) -> float:
