@@ -123,7 +123,7 @@ CPU = Site(
     batches=(1, 2, 4, 8, 12, 16),
     answer=12,
     scale=0.25,
-    requests=300,
+    requests=200,
 )
 GPU = Site(
     shape={

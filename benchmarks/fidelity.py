@@ -4,12 +4,12 @@
     python benchmarks/fidelity.py --gpu [--json PATH]
     python benchmarks/fidelity.py --watch 120
 
-Engines with random weights are started and probed for some 30 s: prompts, cached
-prompts and batches of all sizes.  `fit_from_probe` makes step times of that, and
-what is left of the times to first token is the settings' intake.  Four workloads
-at 30, 60 and 85 % of the load that saturates the modelled fleet are then sent to
-the engines by `LoadGenerator`, and simulated with the same router on the same
-requests.  Nothing is fitted to these.
+Engines with random weights are probed for some 30 s: prompts, cached prompts and
+batches of all sizes.  `fit_from_probe` makes step times of that, and what is left
+of the times to first token is the settings' intake.  A workload at 30, 60 and 85 %
+of what the modelled fleet keeps up with is then sent to the engines by
+`LoadGenerator`, and simulated with the same router on the same requests.  Nothing
+is fitted to these.  So with each of four workloads.
 
 On CPUs a model of four layers, one core an engine; with `--gpu` one engine of the
 shape of Qwen2.5-7B.
@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
@@ -125,22 +126,28 @@ async def measure(
     engines: int,
     seconds: float,
     cells: Sequence[tuple[str, float]],
-    keep: Callable[[dict[str, Any]], None],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Probe, fit, and run *cells*; have *keep* keep all figures so far."""
+    """Probe, fit and run *cells*, workload by workload; *keep* keeps all figures.
+
+    A machine that is shared is not as fast all day: each workload has its probe.
+    """
+    found = []
     async with started(site, engines) as (server, made):
-        begun = time.perf_counter()
-        probers = _probers(server, site)
-        # At once, as they share a host and slow each other down.
-        await asyncio.gather(*(prober.run() for prober in probers))
-        probed_s = time.perf_counter() - begun
-        fleet, found = _fitted(server, made[0], probers)
-        found["probe_s"] = probed_s
-        print(f"probed {probed_s:.0f} s", flush=True)
-        keep(found)
-        async for row in _grid(server, site, fleet, seconds, cells):
-            found["rows"].append(row)
-            keep(found)
+        for _, same in itertools.groupby(cells, key=lambda cell: cell[0]):
+            await _clear(server)
+            begun = time.perf_counter()
+            probers = _probers(server, site)
+            # At once, as they share a host and slow each other down.
+            await asyncio.gather(*(prober.run() for prober in probers))
+            probed_s = time.perf_counter() - begun
+            fleet, probe = _fitted(server, made[0], probers)
+            probe["probe_s"] = probed_s
+            print(f"probed {probed_s:.0f} s", flush=True)
+            found.append(probe)
+            async for row in _grid(server, site, fleet, seconds, [*same]):
+                probe["rows"].append(row)
+                keep(found)
 
 
 def _fitted(
@@ -320,7 +327,7 @@ def main() -> None:
         split = [cell.split(":") for cell in options.cells]
         cells = [(name, float(load)) for name, load in split]
 
-    def keep(found: dict[str, Any]) -> None:
+    def keep(found: list[dict[str, Any]]) -> None:
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -169,7 +169,7 @@ def test_metrics_by_engine():
     assert set(engines) == {"0", "1"}
     zero, one = engines["0"], engines["1"]
     assert zero.signals.waiting_requests == 2
-    assert (zero.block_tokens, zero.kv_blocks, one.kv_blocks) == (32, 100, 0)
+    assert (zero.block_tokens, zero.kv_blocks, one.kv_blocks) == (32, 99, 0)
     assert (zero.asleep, one.asleep) == (False, True)
     assert (zero.prefix_queries, zero.prefix_hits) == (427, 192)
     assert zero.computed_tokens == 235

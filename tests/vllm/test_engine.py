@@ -32,7 +32,7 @@ async def test_start_says_what_it_can_do(one):
     assert worker.state is State.READY
     assert worker.models == {"tiny"}
     assert worker.block_tokens == BLOCK_TOKENS
-    assert worker.kv_blocks == (16 << 20) // (2 * 2 * 2 * 32 * 4 * BLOCK_TOKENS)
+    assert worker.kv_blocks == (16 << 20) // (2 * 2 * 2 * 32 * 4 * BLOCK_TOKENS) - 1
     assert worker.max_model_tokens == 1024
     assert worker.max_running == 16
 

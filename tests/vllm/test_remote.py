@@ -98,7 +98,7 @@ async def test_it_learns_what_the_server_serves(remote):
     assert worker.models == {"tiny"}
     assert worker.loras == frozenset()
     assert worker.block_tokens == BLOCK_TOKENS
-    assert worker.kv_blocks == (16 << 20) // (2 * 2 * 2 * 32 * 4 * BLOCK_TOKENS)
+    assert worker.kv_blocks == (16 << 20) // (2 * 2 * 2 * 32 * 4 * BLOCK_TOKENS) - 1
     assert worker.max_model_tokens == 1024
     assert worker.max_running == 16
 

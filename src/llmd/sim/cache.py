@@ -4,8 +4,9 @@ Blocks in use are counted; blocks that nobody uses stay, by name, until their
 place is needed, least recently used first.  A request gives its blocks back
 tail first, so that the end of a prompt goes before its beginning (vLLM,
 `v1/core/kv_cache_manager.py` and `block_pool.py`).  Only full blocks have
-names.  A block computed twice at once is kept once by name; its copy is
-nameless.
+names; one without, the last of a request, is the first to be taken again
+(`BlockPool.free_blocks`, vLLM 0.32).  A block computed twice at once is kept once
+by name; its copy is nameless.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class BlockCache:
     >>> cache.take(3)
     >>> cache.label([11, 12, 13])
     [11, 12, 13]
-    >>> cache.release([11, 12, 13], nameless=0)
+    >>> cache.release([11, 12, 13])
     >>> cache.take(2)
     >>> cache.held([11, 12, 13]), cache.evicted
     (2, [13])
@@ -38,7 +39,7 @@ class BlockCache:
     evicted: list[int] = attrs.field(factory=list, init=False)
     _uses: dict[int, int] = attrs.field(factory=dict, init=False)
     _nameless: int = attrs.field(default=0, init=False)
-    # Names, and runs of nameless blocks under negative keys, oldest first.
+    # Names, and runs of spent blocks under negative keys, oldest first.
     _idle: OrderedDict[int, int] = attrs.field(factory=OrderedDict, init=False)
     _idle_blocks: int = attrs.field(default=0, init=False)
     _runs: int = attrs.field(default=0, init=False)
@@ -112,14 +113,21 @@ class BlockCache:
             del self._uses[name]
         self._nameless += len(names)
 
-    def release(self, names: Sequence[int], nameless: int) -> None:
-        """Stop using *names*, head first, with *nameless* blocks behind them."""
+    def release(self, names: Sequence[int], blank: int = 0, spent: int = 0) -> None:
+        """Stop using blocks, tail first.
+
+        Args:
+            names: Head first.
+            blank: Nameless ones that are not full, to be taken first.
+            spent: Nameless ones that are, behind *names*: an engine has names for
+                them, by which nobody will ask.
+        """
         uses, idle = self._uses, self._idle
-        if nameless:
+        self._nameless -= blank + spent
+        if spent:
             self._runs += 1
-            idle[-self._runs] = nameless
-            self._idle_blocks += nameless
-            self._nameless -= nameless
+            idle[-self._runs] = spent
+            self._idle_blocks += spent
         for name in reversed(names):
             left = uses[name] - 1
             if left:

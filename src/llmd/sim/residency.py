@@ -95,13 +95,22 @@ class Residency:
         sequence.owned = sequence.owned[: reused + done]
         sequence.fresh = sequence.fresh[:done]
         self.publish(sequence, now)
-        self.free(sequence)
+        self._release(sequence, sequence.computed)
 
     def free(self, sequence: Sequence) -> None:
         """Take back all blocks of *sequence*; their names stay for others."""
-        if sequence.blocks:
-            self.cache.release(sequence.owned, sequence.nameless)
-            sequence.owned, sequence.nameless = [], 0
+        self._release(sequence, sequence.length)
+
+    def _release(self, sequence: Sequence, tokens: int) -> None:
+        """Take back all blocks of *sequence*, which hold *tokens*."""
+        if not sequence.blocks:
+            return
+        owned, nameless, spent = sequence.owned, sequence.nameless, 0
+        if self.settings.prefix_caching:
+            full = tokens // self.worker.block_tokens
+            spent = min(max(full - len(owned), 0), nameless)
+        self.cache.release(owned, nameless - spent, spent)
+        sequence.owned, sequence.nameless = [], 0
 
     def keep_answer(self, sequence: Sequence, now: float) -> None:
         """Name the blocks of an answer, so that a next turn finds them."""

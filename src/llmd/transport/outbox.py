@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .frames import Frame, Words
 from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
 
-Blocks: TypeAlias = NDArray[np.int64]
+Blocks: TypeAlias = NDArray[np.int32]
 Sums: TypeAlias = Callable[[int, int, Blocks], Words]
 """Checksums of *blocks* in each layer from the first to before the second,
 layer by layer, shape (layers * n,)."""

@@ -65,14 +65,14 @@ class Outgoing:
     flying: dict[int, Piece] = attrs.field(factory=dict)
     retransmitted_blocks: int = 0
     _source: Blocks = attrs.field(init=False)
-    _target: Blocks = attrs.field(factory=lambda: np.empty(0, dtype=np.int64))
+    _target: Blocks = attrs.field(factory=lambda: np.empty(0, dtype=np.int32))
     _ready: set[int] = attrs.field(factory=set)
     _queue: deque[Piece] = attrs.field(factory=deque)
     _left: NDArray[np.bool_] | None = None
     _missing: int = 0
 
     def __attrs_post_init__(self) -> None:
-        self._source = np.array(self.offer.blocks, dtype=np.int64)
+        self._source = np.array(self.offer.blocks, dtype=np.int32)
 
     def ask(self, peer: PeerId, frame: Frame, piece_blocks: int) -> str | None:
         """Take in what the peer wants; return why it cannot be, if so."""
@@ -82,7 +82,7 @@ class Outgoing:
                 f"{wanted} blocks from {frame.start} on, {len(self.offer.blocks)} are"
             )
         self.peer, self._source = peer, self._source[frame.start :]
-        self._target = frame.values.astype(np.int64)
+        self._target = frame.values.astype(np.int32)
         self._left = np.ones((self.layers, wanted), dtype=np.bool_)
         self._missing = self.layers * wanted
         if self.offer.ready:

@@ -42,7 +42,7 @@ class Incoming:
     _missing: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._blocks = np.array(self.fetch.blocks, dtype=np.int64)
+        self._blocks = np.array(self.fetch.blocks, dtype=np.int32)
         # The attempt that is expected of each block, -1 once it is right.
         self._due = np.zeros((self.layers, len(self._blocks)), dtype=np.int16)
         self._missing = self._due.size

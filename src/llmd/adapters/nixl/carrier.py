@@ -242,7 +242,8 @@ def across(
     >>> across(2, 2, np.array([0, 5]), 10).tolist()
     [20, 25, 30, 35]
     """
+    blocks = np.asarray(blocks, np.int32)
     if layers == 1:
-        return (blocks + first * blocks_a_layer).astype(np.int32)
+        return blocks + first * blocks_a_layer
     starts = np.arange(first, first + layers, dtype=np.int32) * blocks_a_layer
-    return (starts[:, None] + blocks.astype(np.int32)).ravel()
+    return (starts[:, None] + blocks).ravel()

@@ -295,7 +295,8 @@ class VllmEngine(Engine):
             models=frozenset(self.names),
             loras=frozenset(self._loras),
             role=_role(config.kv_transfer_config),
-            kv_blocks=config.cache_config.num_gpu_blocks,
+            # One of them is the null block, which holds nothing.
+            kv_blocks=config.cache_config.num_gpu_blocks - 1,
             block_tokens=config.cache_config.block_size,
             max_model_tokens=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,

@@ -120,7 +120,8 @@ def _metrics(found: Mapping[str, Mapping[str, float]]) -> EngineMetrics:
         ),
         asleep=any(on for state, on in states.items() if state != "awake"),
         block_tokens=_count(config.get("block_size")),
-        kv_blocks=_count(config.get("num_gpu_blocks")),
+        # One of them is the null block, which holds nothing.
+        kv_blocks=max(_count(config.get("num_gpu_blocks")) - 1, 0),
         prefix_queries=total("prefix_cache_queries_total"),
         prefix_hits=total("prefix_cache_hits_total"),
         external_queries=total("external_prefix_cache_queries_total"),
