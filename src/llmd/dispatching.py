@@ -13,7 +13,7 @@ from .booking import Booking
 from .decision import Decision
 from .errors import PolicyError, policy_error, shown
 from .lane import Entry, Rank
-from .types import Request, RequestId, WorkerId
+from .types import Request, RequestId, Role, WorkerId
 from .view import Mask, View
 from .waiting import LaneName
 
@@ -171,14 +171,20 @@ def _able(
 def _elsewhere(core: Core, able: Mask, failed_on: frozenset[WorkerId]) -> Mask:
     """Leave out workers on which a request failed, unless no other can serve it.
 
-    One that fails fast looks idle, and would get every retry too.
+    One that fails fast looks idle, and would get every retry too.  It takes who
+    computes its prompt and who answers: the last that can do either stays in.
     """
     others = able.copy()
     for worker in failed_on:
         row = core.fleet.row(worker)
         if row is not None:
             others[row] = False
-    return others if others.any() else able
+    workers = core.fleet.workers
+    for role in (Role.PREFILL, Role.DECODE):
+        can = able & workers.able(role)
+        if not (others & can).any():
+            others |= can
+    return others
 
 
 def _room(core: Core, request: Request, view: View) -> Mask:

@@ -83,7 +83,9 @@ def test_what_a_probe_cannot_tell_stays():
     assert fitted.prefill_s(1000.0) == pytest.approx(0.1, rel=0.1)
 
 
-@pytest.mark.parametrize("steps", [[], [Step(1, 0, 0, 0, 0.0)]])
+@pytest.mark.parametrize(
+    "steps", [[], [Step(1, 0, 0, 0, 0.0)], [Step(-1, 0, 0, 0, 1.0)]]
+)
 def test_a_bad_probe_is_refused(steps):
     with pytest.raises(InvalidHardware):
         fit_from_probe(steps)
@@ -117,6 +119,9 @@ def test_prompts_of_one_step_look_at_their_own_tokens_only():
         {"prefill_s_per_token": -1e-6},
         {"decode_s_per_request": float("inf")},
         {"knee": 0.5},
+        {"knee": 200.0},
+        {"knee": None},
+        {"decode_floor_s": True},
         {"kv_bytes_per_token": float("nan")},
     ],
 )

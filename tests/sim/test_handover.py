@@ -28,8 +28,8 @@ def prefill(id, **more):
     return Worker(id=id, role=Role.PREFILL, **more)
 
 
-def decode(id):
-    return Worker(id=id, role=Role.DECODE)
+def decode(id, **more):
+    return Worker(id=id, role=Role.DECODE, **more)
 
 
 def fleet(*, crashes=(), autoscaler=None, tick_s=1.0, **more):
@@ -138,3 +138,26 @@ def test_a_run_ends_though_signals_and_ticks_go_on():
     )
     report = simulator.run(load(job("a", at=1.0)), [Worker(id="w")])
     assert report.completed == 0
+
+
+def test_a_prompt_that_its_target_refuses_leaves_nothing_behind():
+    workers = [
+        decode("small", kv_blocks=12),
+        decode("large", kv_blocks=250),
+        prefill("p", kv_blocks=60),
+    ]
+    jobs = [job(f"r{k}", tokens=300, start=10_000 * k, at=float(k)) for k in range(8)]
+    router = Disaggregated(min_uncached_tokens=1, decode=llmd.RoundRobin())
+    simulator = Simulator(Cluster(router=router))
+    report = simulator.run(load(*jobs), workers)
+    assert all(report.status), report.status
+    for engine in simulator.engines.values():
+        engine.model.kv.cache.check()
+        assert engine.model.kv.cache.used_blocks == 0
+
+
+def test_a_prompt_that_no_worker_can_answer_is_refused():
+    workers = [decode("d", kv_blocks=12), prefill("p", kv_blocks=250)]
+    router = Disaggregated(min_uncached_tokens=1)
+    report = simulate(router, load(job("one", tokens=300)), workers=workers)
+    assert "larger than the KV cache" in report.status[0]

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 import llmd
-from llmd.machines import Machine
+from llmd.autoscaler import Cheapest, Offer, TargetConcurrency
+from llmd.errors import InvalidRequest
+from llmd.machines import H200, Machine
 from llmd.sim import (
+    EngineSettings,
     Simulator,
     Slo,
     capacity,
@@ -49,12 +52,55 @@ def test_each_worker_takes_the_time_of_its_machine():
 
 
 def test_who_names_no_known_machine_has_the_default():
-    there = workers("", "unheard of")
+    there = workers("", "unheard of", "slow")
     mixed = simulate(
-        llmd.RoundRobin(), LOAD, workers=there, machine=SLOW, machines={"fast": FAST}
+        llmd.RoundRobin(), LOAD, workers=there, machine=SLOW, machines={"slow": SLOW}
     )
     alike = simulate(llmd.RoundRobin(), LOAD, workers=there, machine=SLOW)
     assert np.array_equal(mixed.e2es, alike.e2es)
+
+
+@pytest.mark.parametrize(
+    ("machines", "what"), [({"Fast": FAST}, "'Fast'"), ({"fast": H200}, "'fast'")]
+)
+def test_machines_that_nobody_has_and_what_is_none_are_refused(machines, what):
+    with pytest.raises(InvalidRequest, match=what):
+        simulate(llmd.RoundRobin(), LOAD, workers=workers("fast"), machines=machines)
+
+
+def test_a_machine_that_nobody_has_slows_no_link():
+    there = [
+        llmd.Worker(id="p", role=llmd.Role.PREFILL, machine="fast"),
+        llmd.Worker(id="d", role=llmd.Role.DECODE, machine="fast"),
+    ]
+    snail = Machine(hardware=attrs.evolve(H200, network_bytes_per_s=1e6))
+
+    def ttft(**machines):
+        router = llmd.Disaggregated(min_uncached_tokens=1)
+        return simulate(router, LOAD, workers=there, machines=machines).ttft(50)
+
+    assert ttft(fast=FAST, unused=snail) == ttft(fast=FAST)
+    assert ttft(fast=snail) > 10 * ttft(fast=FAST)
+
+
+def test_more_workers_of_a_machine_are_of_that_machine():
+    wish = TargetConcurrency(requests_per_worker=2, min_workers=3, max_workers=3)
+    offers = (
+        Offer(machine="fast", price=9.0, most=1),
+        Offer(machine="slow", price=1.0),
+    )
+    report = simulate(
+        llmd.Cluster(
+            router=llmd.RoundRobin(), autoscaler=Cheapest(policy=wish, offers=offers)
+        ),
+        workloads.batch(rate=2.0, requests=200, seed=2),
+        workers=workers("fast", "slow"),
+        machines={"fast": FAST, "slow": SLOW},
+        settings=EngineSettings(cold_start_s=1.0),
+    )
+    first, _, *more = report.workers
+    assert more, "nobody came"
+    assert all(tpot_on(report, one) > 2 * tpot_on(report, first) for one in more)
 
 
 def test_a_router_that_knows_the_machines_sends_less_to_the_slow_one():

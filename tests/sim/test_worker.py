@@ -300,3 +300,30 @@ def test_who_finds_no_room_is_seen_to_wait():
         end = model.plan(end)
     # Its third step has begun, and b could not join the second.
     assert model.signals(end).waiting_requests == 1.0
+
+
+def test_full_blocks_of_who_is_thrown_out_wait_for_their_turn():
+    model = make(Worker(id="w", kv_blocks=20, block_tokens=16))
+    released = []
+    release = model.kv.cache.release
+
+    def watched(names, blank=0, spent=0):
+        released.append((blank, spent))
+        release(names, blank, spent)
+
+    model.kv.cache = Watched(model.kv.cache, watched)
+    drain(model, [(0.0, sequence("one", 64, 150)), (0.0, sequence("two", 64, 150))])
+    assert model.preemptions
+    # Only the last block of each is not full.
+    assert all(blank <= 1 for blank, _ in released)
+    assert max(spent for _, spent in released) > 4
+
+
+class Watched:
+    """A cache of which one method is another."""
+
+    def __init__(self, cache, release):
+        self._cache, self.release = cache, release
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)

@@ -148,6 +148,9 @@ def _table(steps: Iterable[Step]) -> Floats:
         raise InvalidHardware("a probe without steps tells nothing")
     if not (np.isfinite(table).all() and (table[:, 4] > 0).all()):
         raise InvalidHardware("a step's amounts must be finite, its seconds above 0")
+    # A context may be: that of several short prompts, see `merged_context`.
+    if (table[:, [0, 2, 3]] < 0).any():
+        raise InvalidHardware("a step has less than no token or request")
     return table
 
 

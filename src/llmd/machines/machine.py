@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
 import attrs
 import numpy as np
 
-from ..errors import InvalidHardware
+from ..amounts import as_real
+from ..errors import InvalidHardware, shown
 from ..types import Tier
 from ..view import Floats
 from .detect import Answers, detect
@@ -18,20 +20,21 @@ from .shape import QWEN25_7B, Shape
 
 Amount = TypeVar("Amount", float, Floats)
 
-# A step takes some time, however short: time goes on.
-_LEAST = {
-    "prefill_floor_s": 1e-15,
-    "decode_floor_s": 1e-15,
-    "graph_tokens": 0.0,
-    "graph_floor_s": 1e-15,
-    "knee": 1.0,
-    "prefill_s_per_token": 0.0,
-    "attention_s_per_token2": 0.0,
-    "prefix_s_per_token": 0.0,
-    "decode_s_per_request": 0.0,
-    "decode_s_per_context_token": 0.0,
-    "kv_bytes_per_token": 0.0,
-    "weights_bytes": 0.0,
+# A step takes some time, however short: time goes on.  Powers of floors to a
+# higher knee are no numbers any more.
+_BOUNDS = {
+    "prefill_floor_s": (1e-15, sys.float_info.max),
+    "decode_floor_s": (1e-15, sys.float_info.max),
+    "graph_tokens": (0.0, math.inf),
+    "graph_floor_s": (1e-15, sys.float_info.max),
+    "knee": (1.0, 20.0),
+    "prefill_s_per_token": (0.0, sys.float_info.max),
+    "attention_s_per_token2": (0.0, sys.float_info.max),
+    "prefix_s_per_token": (0.0, sys.float_info.max),
+    "decode_s_per_request": (0.0, sys.float_info.max),
+    "decode_s_per_context_token": (0.0, sys.float_info.max),
+    "kv_bytes_per_token": (0.0, sys.float_info.max),
+    "weights_bytes": (0.0, sys.float_info.max),
 }
 
 
@@ -85,7 +88,7 @@ class Machine:
         graph_tokens: Tokens of the largest step with part of a prompt that runs
             as a CUDA graph; 0: none does.  vLLM's `max_cudagraph_capture_size`.
         graph_floor_s: Of such a step.
-        knee: How sharply the floor ends: 1 adds, infinity takes the larger.
+        knee: How sharply the floor ends: 1 adds, 20 takes the larger.
         prefill_s_per_token: Of one token in the matrix products.
         attention_s_per_token2: Of one prompt token looking at one before it.
         prefix_s_per_token: Of each cached token ahead of a prompt's part:
@@ -99,7 +102,7 @@ class Machine:
 
     Raises:
         InvalidHardware: An amount is negative or no number, a floor is 0, or the
-            knee is below 1.
+            knee is not between 1 and 20.
 
     >>> machine = Machine()
     >>> 0.04 < machine.prefill_s(2048) < 0.06
@@ -124,14 +127,15 @@ class Machine:
     hardware: Hardware = H200
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.knee, np.ndarray):
+        if isinstance(self.knee, np.ndarray) and self.knee.ndim:
             return  # of a whole fleet, made of machines that were looked at
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not least <= value < math.inf:
+        for name, (least, most) in _BOUNDS.items():
+            value = as_real(given := getattr(self, name))
+            if not least <= value <= most:
                 raise InvalidHardware(
-                    f"Machine.{name} is {value}, must be at least {least} and finite"
+                    f"Machine.{name} is {shown(given)}, must be {least} to {most:.4g}"
                 )
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(

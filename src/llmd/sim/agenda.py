@@ -45,6 +45,11 @@ class Agenda:
 
     def only(self, *actions: Action) -> bool:
         """Say whether nothing is to come but *actions*, each at most once."""
-        return len(self._heap) <= len(actions) and all(
-            due in actions for _, _, due, _ in self._heap
-        )
+        if len(self._heap) > len(actions):
+            return False
+        left = list(actions)
+        for _, _, due, _ in self._heap:
+            if due not in left:
+                return False
+            left.remove(due)
+        return True

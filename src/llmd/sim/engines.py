@@ -40,7 +40,7 @@ def staying(engines: Mapping[WorkerId, Engine], pool: str) -> list[WorkerId]:
     return [
         id
         for id, engine in engines.items()
-        if engine.there and not engine.draining and _belongs(engine.model.worker, pool)
+        if engine.there and not engine.draining and belongs(engine.model.worker, pool)
     ]
 
 
@@ -56,6 +56,7 @@ def surplus(
     return sorted(youngest_first, key=burden)[: max(len(ids) - wanted, 0)]
 
 
-def _belongs(worker: Worker, pool: str) -> bool:
+def belongs(worker: Worker, pool: str) -> bool:
+    """Say whether *worker* is of a pool: "" is all, or a machine, a role or a model."""
     role = worker.role.name or ""
     return pool in ("", worker.machine, role.lower()) or pool in worker.models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
+from .engines import belongs
 from .faults import Crash
 from .report import Report, Slo
 from .sequence import EngineSettings
@@ -83,7 +85,8 @@ def simulate(
         progress: Show a bar (needs tqdm).
 
     Raises:
-        InvalidRequest: *policy* is none, or there is no worker.
+        InvalidRequest: *policy* is none, there is no worker, or none that names one
+            of *machines*.
         PolicyError: The policy raised, or broke its contract.
 
     >>> from llmd import RoundRobin
@@ -96,13 +99,17 @@ def simulate(
         workers = fleet(workers, block_tokens=workload.block_tokens)
     if not workers:
         raise InvalidRequest("a simulation needs a worker")
-    template = workers[0]
+    known = {worker.machine for worker in workers}
+    if machines and cluster.autoscaler is None and known.isdisjoint(machines):
+        raise InvalidRequest(
+            f"no worker names one of the machines {sorted(machines)}: {sorted(known)}"
+        )
     simulator = Simulator(
         cluster,
         machine=machine or Machine(),
         machines=machines or {},
         settings=settings or EngineSettings(),
-        spawn=lambda row, pool: attrs.evolve(template, id=f"{template.id}-{row}"),
+        spawn=functools.partial(_another, tuple(workers), machines or {}),
         crashes=tuple(crashes),
         signals_s=signals_s,
     )
@@ -117,6 +124,15 @@ def simulate(
             give_up=give_up,
             progress=lambda done: bar.update(done - bar.n),
         )
+
+
+def _another(
+    workers: Sequence[Worker], machines: Mapping[str, Machine], row: int, pool: str
+) -> Worker:
+    """Make one more worker for *pool*: like the first of it, or else of all."""
+    like = next((w for w in workers if belongs(w, pool)), workers[0])
+    machine = pool if pool in machines else like.machine
+    return attrs.evolve(like, id=f"{like.id}-{row}", machine=machine)
 
 
 def make_cluster(policy: Policy) -> Cluster:

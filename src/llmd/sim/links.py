@@ -17,13 +17,14 @@ class _Transfer:
 
 @attrs.define(eq=False)
 class Links:
-    """One link into and one out of each worker, of equal rates.
+    """One link into and one out of each worker.
 
     A transfer runs at the smaller of its fair parts of its source's and its
     target's link (processor sharing; what one end cannot use, nobody gets).
 
     Attributes:
-        bytes_per_s: Of each link.
+        bytes_per_s: Of each link that has no rate of its own.
+        rates: Of links of workers that differ.
         latency_s: Before the first byte.
 
     >>> links = Links(bytes_per_s=100.0)
@@ -35,6 +36,7 @@ class Links:
 
     bytes_per_s: float
     latency_s: float = 0.0
+    rates: dict[WorkerId, float] = attrs.field(factory=dict)
     moved_bytes: float = attrs.field(default=0.0, init=False)
     _transfers: dict[RequestId, _Transfer] = attrs.field(factory=dict, init=False)
     _now: float = attrs.field(default=0.0, init=False)
@@ -91,8 +93,13 @@ class Links:
         return [
             (
                 transfer,
-                self.bytes_per_s
-                / max(sources[transfer.source], targets[transfer.target]),
+                min(
+                    self._rate(transfer.source) / sources[transfer.source],
+                    self._rate(transfer.target) / targets[transfer.target],
+                ),
             )
             for transfer in self._transfers.values()
         ]
+
+    def _rate(self, worker: WorkerId) -> float:
+        return self.rates.get(worker, self.bytes_per_s)

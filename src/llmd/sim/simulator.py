@@ -10,7 +10,7 @@ import attrs
 from .. import commands as c
 from .. import events as e
 from ..cluster import Cluster
-from ..errors import InvalidRequest, PolicyError
+from ..errors import InvalidRequest, PolicyError, shown
 from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
 from .agenda import Agenda
@@ -84,10 +84,10 @@ class Simulator:
     _idle_ticks: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        # Links are alike: as fast as the slowest machine's.
-        known = [self.machine, *self.machines.values()]
-        rate = min([m.load_bytes_per_s[Tier.REMOTE - 1] for m in known])
-        self._handovers = Handovers(Links(bytes_per_s=rate))
+        for name, machine in self.machines.items():
+            if not isinstance(machine, Machine):
+                raise InvalidRequest(f"machines[{name!r}] is {shown(machine)}")
+        self._handovers = Handovers(Links(bytes_per_s=_link(self.machine)))
 
     def run(
         self,
@@ -357,11 +357,12 @@ class Simulator:
         for id, pair in self._handovers.arrived(self.now):
             source, target = self.engines[pair.source], self.engines[pair.target]
             outcome = self.ledger.outcomes[id]
-            if target.there and not outcome.status:
-                self._submit(target, outcome, outcome.request, remote=True)
+            # First, as one that its target refuses may come back to its source.
             if source.there:
                 self._awake(source, source.model.release(id, self.now))
                 self._leave_if_done(source)
+            if target.there and not outcome.status:
+                self._submit(target, outcome, outcome.request, remote=True)
         self._expect_arrival()
 
     def _drop(self, id: RequestId) -> None:
@@ -388,6 +389,7 @@ class Simulator:
         self._spawned += 1
         worker = attrs.evolve(worker, state=state)
         machine = self.machines.get(worker.machine, self.machine)
+        self._handovers.links.rates[worker.id] = _link(machine)
         model = ModelWorker(worker, machine, self.settings)
         self.engines[worker.id] = Engine(model, self.now)
         self._feed(e.WorkerJoined(self.now, worker))
@@ -429,3 +431,8 @@ class Simulator:
             engine.draining = True
             self._feed(e.WorkerChanged(self.now, id, state=State.DRAINING))
             self._leave_if_done(engine)
+
+
+def _link(machine: Machine) -> float:
+    """Return the bytes a second of a machine's link to others."""
+    return machine.load_bytes_per_s[Tier.REMOTE - 1]

@@ -378,6 +378,7 @@ class ModelWorker:
         if not prompts:
             prompts = [self._decoding.last(by_priority=self.settings.by_priority)]
             self._decoding.leave(prompts[0])
+            prompts[0].computed = prompts[0].length
         self._partial, self._completing = None, []
         # The later may use names of the earlier, so they go back first.
         for sequence in reversed(prompts):
