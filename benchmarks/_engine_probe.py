@@ -153,7 +153,7 @@ class Prober:
         self.steps.append(Step(len(own), len(ahead), requests, at, step))
 
     async def _told(
-        self, tokens: Sequence[int], new: int, times: list[float]
+        self, tokens: list[int], new: int, times: list[float]
     ) -> list[float]:
         """Note in *times* when each token of an answer came."""
         stream = self._served if self.site.shared else self._direct
@@ -176,7 +176,7 @@ class Prober:
         async for piece in self._ask(tokens, new):
             yield len(piece.outputs[0].token_ids)
 
-    async def _first(self, tokens: Sequence[int]) -> tuple[float, float]:
+    async def _first(self, tokens: list[int]) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to the first token.
 
         The engine's stamps tell the former, which only vLLM's own client is told.

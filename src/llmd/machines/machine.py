@@ -22,19 +22,20 @@ Amount = TypeVar("Amount", float, Floats)
 
 # A step takes some time, however short: time goes on.  Powers of floors to a
 # higher knee are no numbers any more.
+_ANY, _FLOOR = (0.0, sys.float_info.max), (1e-15, sys.float_info.max)
 _BOUNDS = {
-    "prefill_floor_s": (1e-15, sys.float_info.max),
-    "decode_floor_s": (1e-15, sys.float_info.max),
+    "prefill_floor_s": _FLOOR,
+    "decode_floor_s": _FLOOR,
     "graph_tokens": (0.0, math.inf),
-    "graph_floor_s": (1e-15, sys.float_info.max),
+    "graph_floor_s": _FLOOR,
     "knee": (1.0, 20.0),
-    "prefill_s_per_token": (0.0, sys.float_info.max),
-    "attention_s_per_token2": (0.0, sys.float_info.max),
-    "prefix_s_per_token": (0.0, sys.float_info.max),
-    "decode_s_per_request": (0.0, sys.float_info.max),
-    "decode_s_per_context_token": (0.0, sys.float_info.max),
-    "kv_bytes_per_token": (0.0, sys.float_info.max),
-    "weights_bytes": (0.0, sys.float_info.max),
+    "prefill_s_per_token": _ANY,
+    "attention_s_per_token2": _ANY,
+    "prefix_s_per_token": _ANY,
+    "decode_s_per_request": _ANY,
+    "decode_s_per_context_token": _ANY,
+    "kv_bytes_per_token": _ANY,
+    "weights_bytes": _ANY,
 }
 
 

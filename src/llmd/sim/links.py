@@ -23,8 +23,8 @@ class Links:
     target's link (processor sharing; what one end cannot use, nobody gets).
 
     Attributes:
-        bytes_per_s: Of each link that has no rate of its own.
-        rates: Of links of workers that differ.
+        bytes_per_s: Of links of workers that *rates* does not name.
+        rates: Of both links of a worker, bytes a second.
         latency_s: Before the first byte.
 
     >>> links = Links(bytes_per_s=100.0)
