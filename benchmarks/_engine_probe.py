@@ -17,6 +17,9 @@ import llmd
 from llmd.live import Server
 from llmd.machines.fit import Step
 
+_JOINING = 3
+"""Prompts, one after the other, whose steps are told apart by their sum only."""
+
 
 class Asked(llmd.Router):
     """Sends a request to the worker that its session names."""
@@ -125,9 +128,11 @@ class Prober:
         An engine that schedules a step when the one before is over tells what that
         step took.  One that schedules ahead does not, and which of its tokens is
         late depends on when it looks at the outcome of a step: so no single gap is
-        the step, but what all of them together took longer for the prompt is.
+        the step, but what all of them together took longer for some prompts, one
+        after the other, is that of those prompts.
         """
-        before, own = self.site.answer // 2, self._drawn(tokens)
+        before, count = self.site.answer // 2, _JOINING if self.ahead else 1
+        drawn = [self._drawn(tokens) for _ in range(count)]
         heads = await self._heads(requests, context)
         ahead = heads[0] if cached else []
         running: list[list[float]] = [[] for _ in range(requests)]
@@ -136,8 +141,8 @@ class Prober:
             while min(map(len, running)) < before:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             asked = time.monotonic()
-            computed, _ = await self._first([*ahead, *own])
-            return computed, asked, time.monotonic()
+            computed = [(await self._first([*ahead, *own]))[0] for own in drawn]
+            return statistics.median(computed), asked, time.monotonic()
 
         new = 2 * self.site.answer
         (step, *span), *_ = await asyncio.gather(
@@ -148,9 +153,10 @@ class Prober:
             ),
         )
         if self.ahead:
-            step = statistics.median([longer(times, *span) for times in running])
+            step = statistics.median([longer(times, *span, count) for times in running])
         at = requests * (context + before + 1.0)
-        self.steps.append(Step(len(own), len(ahead), requests, at, step))
+        size = statistics.mean(map(len, drawn))
+        self.steps.append(Step(size, len(ahead), requests, at, step))
 
     async def _told(
         self, tokens: list[int], new: int, times: list[float]
@@ -219,12 +225,15 @@ class Prober:
         return tokens
 
 
-def longer(times: Sequence[float], asked: float, came: float) -> float:
-    """Return the one step between *asked* and *came* that was not like the others."""
+def longer(times: Sequence[float], asked: float, came: float, steps: int) -> float:
+    """Return what each of *steps* took that were not like the others.
+
+    They are among those between *asked* and *came*.
+    """
     first = int(np.searchsorted(times, asked)) - 1
     last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
     usual = (times[first] - times[4]) / (first - 4)
-    return times[last] - times[first] - usual * (last - first - 1)
+    return (times[last] - times[first] - usual * (last - first - steps)) / steps
 
 
 def intake(rests: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -24,7 +24,14 @@ from llmd.transport import Fetch, Layout, Offer, TransferEnded, TransferId
 
 KEY = b"benchmark of one machine, no secret"
 MOVED_BYTES = 128 << 20
-ROUNDS = 7
+ROUNDS = 9
+WAYS = {
+    "": {},
+    ".unchecked": {"checksums": False},
+    ".nixl": {"mapped": False},
+    ".nixl.unchecked": {"mapped": False, "checksums": False},
+}
+"""A slab that peers map and one that NIXL writes to, checksums on and off."""
 
 
 def layout_of(block_bytes: int, layers: int = 1) -> Layout:
@@ -37,10 +44,21 @@ def layout_of(block_bytes: int, layers: int = 1) -> Layout:
     )
 
 
-def open_slab(layout: Layout, blocks: int) -> np.ndarray:
-    array = np.empty((layout.layers, blocks, layout.block_bytes), np.uint8)
-    array[:] = np.arange(251, dtype=np.uint8)[np.arange(layout.block_bytes) % 251]
+def filled(array: np.ndarray) -> np.ndarray:
+    """Fill an array of blocks: zeros would share one page."""
+    length = array.shape[-1]
+    array[:] = np.arange(251, dtype=np.uint8)[np.arange(length) % 251]
     return array
+
+
+def open_slab(layout: Layout, blocks: int, mapped: bool) -> Slab:
+    """Return a slab that peers map, or one that NIXL writes to."""
+    if mapped:
+        slab = Slab.allocate(layout, blocks)
+        filled(slab.owner)
+        return slab
+    shape = layout.layers, blocks, layout.block_bytes
+    return Slab.of(filled(np.empty(shape, np.uint8)), layout)
 
 
 class Awaited:
@@ -68,11 +86,10 @@ class Awaited:
 def target_process(pipe: Connection) -> None:
     """Serve fetches in the order the source's process names them."""
     while (job := pipe.recv()) is not None:
-        layout, blocks, checksums, address = job
-        array = open_slab(layout, blocks)
-        array[:] = 0
+        layout, blocks, checksums, mapped, address = job
+        slab = open_slab(layout, blocks, mapped)
+        slab.owner[:] = 0
         awaited = Awaited()
-        slab = Slab.of(array, layout)
         with NixlTransport(slab, KEY, checksums=checksums, wake=awaited.wake) as mine:
             peer = mine.connect(address)
             pipe.send("connected")
@@ -104,15 +121,30 @@ class Pair:
             raise TimeoutError("the target's process is silent")
         return self.pipe.recv()
 
-    def rounds(self, layout, blocks, count, rounds, *, checksums=True, layer_s=0.0):
-        """Return the seconds of each round; of the tail, if layers take time."""
-        array = open_slab(layout, blocks)
+    def rounds(
+        self,
+        layout,
+        blocks,
+        count,
+        rounds,
+        between=lambda: None,
+        *,
+        checksums=True,
+        mapped=True,
+        layer_s=0.0,
+    ):
+        """Return the seconds of each round; of the tail, if layers take time.
+
+        *between* is called before each.
+        """
+        slab = open_slab(layout, blocks, mapped)
         rng = np.random.default_rng(0)
         seconds = []
-        with NixlTransport(Slab.of(array, layout), KEY, checksums=checksums) as mine:
-            self.pipe.send((layout, blocks, checksums, mine.address()))
+        with NixlTransport(slab, KEY, checksums=checksums) as mine:
+            self.pipe.send((layout, blocks, checksums, mapped, mine.address()))
             assert self.receive() == "connected"
             for i in range(rounds + 2):
+                between()
                 id = TransferId.fresh(str(i))
                 source = rng.permutation(blocks)[:count].tolist()
                 self.pipe.send((id, rng.permutation(blocks)[:count].tolist()))
@@ -137,7 +169,7 @@ def raw_agent(name: str, pipe: Connection):
     from nixl._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False))
-    blocks = open_slab(layout_of(1 << 16), 256)  # not zeros: those share one page
+    blocks = filled(np.empty((256, 1 << 16), np.uint8))
     own = blocks.ctypes.data
     agent.register_memory([(own, blocks.nbytes, 0, "")], "DRAM")
     pipe.send((agent.get_agent_metadata(), own))
@@ -193,19 +225,21 @@ def raw_small_s(rounds: int = 200) -> float:
     return statistics.median(seconds)
 
 
-def memcpy_bytes_per_s(block_bytes: int) -> float:
-    """Copy scattered blocks within this process, as a yardstick."""
-    blocks = 2 * MOVED_BYTES // block_bytes
-    source = open_slab(layout_of(block_bytes), blocks)[0]
-    target = np.zeros_like(source)
-    order = np.random.default_rng(1).permutation(blocks)[: blocks // 2]
-    times = []
-    for _ in range(ROUNDS):
+class Copies:
+    """Copies of scattered blocks within this process, as a yardstick."""
+
+    def __init__(self, block_bytes: int) -> None:
+        blocks = 2 * MOVED_BYTES // block_bytes
+        self.source = filled(np.empty((blocks, block_bytes), np.uint8))
+        self.target = np.zeros_like(self.source)
+        self.order = np.random.default_rng(1).permutation(blocks)[: blocks // 2]
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
         begun = time.perf_counter()
-        for i in order:
-            target[i] = source[i]
-        times.append(time.perf_counter() - begun)
-    return MOVED_BYTES / statistics.median(times)
+        for i in self.order:
+            self.target[i] = self.source[i]
+        self.seconds.append(time.perf_counter() - begun)
 
 
 def measure() -> dict[str, float]:
@@ -214,25 +248,24 @@ def measure() -> dict[str, float]:
     try:
         for name, block_bytes in (("256k", 1 << 18), ("1m", 1 << 20)):
             count = MOVED_BYTES // block_bytes
-            copied = memcpy_bytes_per_s(block_bytes)
-            figures[f"transport.dram.memcpy_gb_per_s.{name}"] = copied / 1e9
-            for suffix, checksums in (("", True), (".unchecked", False)):
+            copies = Copies(block_bytes)
+            for suffix, options in WAYS.items():
+                copies.seconds.clear()
                 seconds = pair.rounds(
-                    layout_of(block_bytes),
-                    2 * count,
-                    count,
-                    ROUNDS,
-                    checksums=checksums,
+                    layout_of(block_bytes), 2 * count, count, ROUNDS, copies, **options
                 )
+                # Each beside its own yardstick: the machine is shared.
+                ratios = np.array(copies.seconds[2:]) / seconds
                 rate = MOVED_BYTES / statistics.median(seconds)
                 figures[f"transport.dram.gb_per_s.{name}{suffix}"] = rate / 1e9
-                figures[f"transport.dram.ratio_to_memcpy.{name}{suffix}"] = (
-                    rate / copied
+                figures[f"transport.dram.ratio_to_memcpy.{name}{suffix}"] = float(
+                    np.median(ratios)
                 )
-        small = pair.rounds(layout_of(1 << 16), 256, 1, 200)
-        figures["transport.small.us"] = 1e6 * statistics.median(small)
-        trusted = pair.rounds(layout_of(1 << 16), 256, 1, 200, checksums=False)
-        figures["transport.small.unchecked.us"] = 1e6 * statistics.median(trusted)
+            copied = MOVED_BYTES / statistics.median(copies.seconds)
+            figures[f"transport.dram.memcpy_gb_per_s.{name}"] = copied / 1e9
+        for suffix, options in WAYS.items():
+            small = pair.rounds(layout_of(1 << 16), 256, 1, 200, **options)
+            figures[f"transport.small{suffix}.us"] = 1e6 * statistics.median(small)
         figures["transport.small.raw.us"] = 1e6 * raw_small_s()
         tails = pair.rounds(layout_of(1 << 16, 16), 64, 32, 5, layer_s=0.010)
         figures["transport.overlap.tail_ms"] = 1e3 * statistics.median(tails)

@@ -24,10 +24,21 @@ def fill(seed):
     return rng.integers(0, 256, shape, dtype=np.uint8)
 
 
-def transport(slab, **kwargs):
-    from llmd.adapters.nixl import NixlTransport, Slab
+def slab_of(values, mapped):
+    """Return a slab that peers map, or one that NIXL writes to."""
+    from llmd.adapters.nixl import Slab
 
-    return NixlTransport(Slab.of(slab, LAYOUT), KEY, settings=QUICK, **kwargs)
+    if not mapped:
+        return Slab.of(values, LAYOUT)
+    slab = Slab.allocate(LAYOUT, BLOCKS)
+    slab.owner[:] = values
+    return slab
+
+
+def transport(slab, **kwargs):
+    from llmd.adapters.nixl import NixlTransport
+
+    return NixlTransport(slab, KEY, settings=QUICK, **kwargs)
 
 
 def damage_writes(times):
@@ -52,17 +63,17 @@ def damage_writes(times):
     Carrier._write = write
 
 
-def serve(pipe, seed, damaged):
+def serve(pipe, seed, damaged, mapped):
     if damaged:
         damage_writes(damaged)
-    slab = fill(seed)
+    slab = slab_of(fill(seed), mapped)
     mine = transport(slab)
     with mine, contextlib.suppress(EOFError):
         pipe.send(mine.address())
         while True:
             method, *arguments = pipe.recv()
             if method == "scribble":
-                slab[:, arguments[0]] = 255
+                slab.owner[:, arguments[0]] = 255
                 pipe.send(None)
             elif method == "counts":
                 pipe.send(dict(mine.counts))
@@ -75,11 +86,11 @@ def serve(pipe, seed, damaged):
 class PeerProcess:
     """The process, its transport's address, and how to hurt it."""
 
-    def __init__(self, seed=1, damaged=0):
+    def __init__(self, seed=1, damaged=0, mapped=True):
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(theirs, seed, damaged), daemon=True
+            target=serve, args=(theirs, seed, damaged, mapped), daemon=True
         )
         self.process.start()
         theirs.close()

@@ -37,10 +37,10 @@ KILLS, STOPS = 3, 3
 class Chaos:
     """Targets here, sources in a process that is hurt again and again."""
 
-    def __init__(self, rng):
-        self.rng = rng
-        self.slab = np.zeros_like(p.fill(0))
-        self.here = p.transport(self.slab)
+    def __init__(self, rng, mapped):
+        self.rng, self.mapped = rng, mapped
+        slab = p.slab_of(np.zeros_like(p.fill(0)), mapped)
+        self.slab, self.here = slab.owner, p.transport(slab)
         self.free = set(range(p.BLOCKS))
         self.open: dict[TransferId, tuple] = {}
         self.outcomes = Counter()
@@ -50,7 +50,7 @@ class Chaos:
     def restart(self):
         self.lives += 1
         # Every life has other bytes, and damages some writes on the way.
-        self.peer = p.PeerProcess(seed=self.lives, damaged=5)
+        self.peer = p.PeerProcess(seed=self.lives, damaged=5, mapped=self.mapped)
 
     def start(self, number):
         count = self.rng.randrange(1, 6)
@@ -99,10 +99,10 @@ class Chaos:
                     self.outcomes["error"] += 1
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_every_hand_off_ends_and_nothing_is_held(seed):
-    rng = random.Random(seed)
-    chaos = Chaos(rng)
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "nixl"])
+def test_every_hand_off_ends_and_nothing_is_held(mapped):
+    rng = random.Random(0)
+    chaos = Chaos(rng, mapped)
     faults = dict.fromkeys(rng.sample(range(50, HAND_OFFS), KILLS), "kill")
     faults |= dict.fromkeys(rng.sample(range(50, HAND_OFFS), STOPS), "stop")
     try:

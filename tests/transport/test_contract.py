@@ -1,6 +1,7 @@
 """One contract for every transport; it runs on each of them."""
 
 import itertools
+import math
 import time
 
 import attrs
@@ -40,6 +41,9 @@ class Local:
             link = attrs.evolve(self.link, key=key)
         return LocalTransport(link, layout, slab, settings=settings)
 
+    def zeros(self, blocks):
+        return np.zeros((LAYOUT.layers, blocks, LAYOUT.block_bytes), np.uint8)
+
     def wait(self):
         self.now += 1e-3
 
@@ -47,18 +51,42 @@ class Local:
 class Nixl:
     """Two agents of one process over shared memory, in real time."""
 
+    zeros = Local.zeros
+
     def make(self, slab, layout=LAYOUT, key=b"k" * 32, settings=QUICK):
         from llmd.adapters.nixl import NixlTransport, Slab
 
-        return NixlTransport(Slab.of(slab, layout), key or b"k" * 32, settings=settings)
+        made = Slab.of(slab, layout, shared=self.memory(slab))
+        return NixlTransport(made, key or b"k" * 32, settings=settings)
+
+    def memory(self, slab):
+        return None
 
     def wait(self):
         time.sleep(1e-3)
 
 
-@pytest.fixture(params=[Local, Nixl])
+class Mapped(Nixl):
+    """The same with slabs that the other agent maps and copies into."""
+
+    def __init__(self):
+        self.memories = []
+
+    def zeros(self, blocks):
+        from llmd.adapters.nixl import SharedMemory
+
+        shape = LAYOUT.layers, blocks, LAYOUT.block_bytes
+        self.memories.append(SharedMemory(math.prod(shape)))
+        return self.memories[-1].array.reshape(shape)
+
+    def memory(self, slab):
+        shared = [m for m in self.memories if np.may_share_memory(m.array, slab)]
+        return shared[0] if shared else None
+
+
+@pytest.fixture(params=[Local, Nixl, Mapped])
 def world(request):
-    if request.param is Nixl:
+    if request.param is not Local:
         pytest.importorskip("nixl")
         pytest.importorskip("xxhash")
     return request.param()
@@ -70,9 +98,8 @@ class Pair:
     def __init__(self, world, **kwargs):
         rng = np.random.default_rng(0)
         self.world = world
-        shape = (LAYOUT.layers, 64, LAYOUT.block_bytes)
-        self.theirs = rng.integers(0, 256, shape, dtype=np.uint8)
-        self.ours = np.zeros((LAYOUT.layers, 48, LAYOUT.block_bytes), np.uint8)
+        self.theirs, self.ours = world.zeros(64), world.zeros(48)
+        self.theirs[:] = rng.integers(0, 256, self.theirs.shape, dtype=np.uint8)
         self.source = world.make(self.theirs, **kwargs)
         self.target = world.make(self.ours, **kwargs)
         self.reports = {Side.SOURCE: [], Side.TARGET: []}

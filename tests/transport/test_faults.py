@@ -28,9 +28,10 @@ from llmd.transport import (
 class Here:
     """The transport of this process and what it reported."""
 
-    def __init__(self):
-        self.slab = np.zeros_like(p.fill(0))
-        self.transport = p.transport(self.slab)
+    def __init__(self, mapped):
+        slab = p.slab_of(np.zeros_like(p.fill(0)), mapped)
+        self.slab = slab.owner
+        self.transport = p.transport(slab)
         self.reports = []
 
     def ended(self, id):
@@ -46,19 +47,25 @@ class Here:
         return found[0] if found else None
 
 
+@pytest.fixture(params=[True, False], ids=["mapped", "nixl"])
+def mapped(request):
+    """Whether peers copy into slabs themselves, or NIXL writes to them."""
+    return request.param
+
+
 @pytest.fixture
-def here():
-    here = Here()
+def here(mapped):
+    here = Here(mapped)
     yield here
     here.transport.close()
 
 
 @pytest.fixture
-def peers():
+def peers(mapped):
     made = []
 
     def make(**kwargs):
-        made.append(p.PeerProcess(**kwargs))
+        made.append(p.PeerProcess(mapped=mapped, **kwargs))
         return made[-1]
 
     yield make
@@ -75,7 +82,7 @@ def fetch(here, peer, blocks, *, early=False, timeout_s=20.0, ready=True):
     return id
 
 
-def test_blocks_cross_processes(here, peers):
+def test_blocks_cross_processes(here, peers, mapped):
     peer = peers()
     id = fetch(here, peer, [1, 2, 3, 60])
     p.wait_for(lambda: here.freed(id))
@@ -84,7 +91,7 @@ def test_blocks_cross_processes(here, peers):
     p.wait_for(lambda: peer.do("path") is not None)
     path = peer.do("path")
     assert path.writes
-    assert path.lanes.startswith("cma"), path
+    assert path.lanes.startswith("mapped" if mapped else "cma"), path
     assert not path.slow
 
 

@@ -1,6 +1,5 @@
 """Frames that say again, late or wrongly what was said before."""
 
-import attrs
 import numpy as np
 import pytest
 
@@ -41,7 +40,7 @@ def target():
 def data(target, of_layer, **changes):
     sums = target.sums(of_layer, of_layer + 1, np.array([2, 3]))
     frame = Frame(Kind.DATA, ID, of_layer, values=sums, blocks=2)
-    return attrs.evolve(frame, **changes).seal(KEY, "s", "t")
+    return frame._replace(**changes).seal(KEY, "s", "t")
 
 
 def hear(target, frame, sender="s"):

@@ -1,6 +1,14 @@
 from collections.abc import Iterable
 from typing import Any, Self
 
+def copy_blocks(
+    source: int,
+    target: int,
+    source_blocks: Any,
+    target_blocks: Any,
+    block_bytes: int,
+    /,
+) -> None: ...
 def token_ids(tokens: Any, out: Any, /) -> None: ...
 def beyond(tokens: Any, /) -> bool: ...
 def fold(

@@ -1,14 +1,15 @@
-/* The inner loops of an arrival: naming prefixes, sets of workers by name, and
- * what a prompt delays.
+/* The inner loops of an arrival, naming prefixes, sets of workers by name, and
+ * what a prompt delays; and of a transfer, copies of blocks.
  *
  * Everything here has a twin in Python, `hashing.Hasher`,
- * `index.holders.PlainHolders` and `router.delay.LeastDelay`, which says what is
- * meant, runs where no compiler was at hand, and is what the tests compare with.
+ * `index.holders.PlainHolders`, `router.delay.LeastDelay` and
+ * `adapters.nixl.shared.copy_in_python`, which says what is meant, runs where no compiler was at hand, and is what the tests compare with.
  * Only the buffer protocol is used, so building needs Python's own headers and no
  * others.
  */
 
 #define PY_SSIZE_T_CLEAN
+#include "copies.h"
 #include "delays.h"
 #include "depths.h"
 #include "names.h"
@@ -354,6 +355,7 @@ static PyTypeObject TableType = {
 };
 
 static PyMethodDef functions[] = {
+    {"copy_blocks", FAST(copy_blocks), copy_blocks_doc},
     {"token_ids", FAST(token_ids), token_ids_doc},
     {"fold", FAST(fold), fold_doc},
     {"beyond", (PyCFunction)beyond, METH_O, beyond_doc},

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import hmac
 import struct
+from typing import Any, NamedTuple
 
-import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TransferError
 from .interface import PeerId, TransferId
 
-VERSION = 2
+VERSION = 3
 _HEAD = struct.Struct("<BBHHHIIQHII")
 _SEAL_BYTES = 16
+_BLOCK_BYTES = 64
+"""Of SHA-256."""
 _NONE = TransferId("", 0)
 _NOTHING: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
@@ -58,8 +61,7 @@ class Kind(enum.IntEnum):
     """The sender closes; no write of it is or will be in flight."""
 
 
-@attrs.frozen(eq=False)
-class Frame:
+class Frame(NamedTuple):
     """One message.
 
     >>> frame = Frame(Kind.ACK, TransferId("r", 7), layer=2, start=4)
@@ -73,7 +75,7 @@ class Frame:
     layer: int = 0
     attempt: int = 0
     start: int = 0
-    values: Words = attrs.field(default=_NOTHING)
+    values: Words = _NOTHING
     text: bytes = b""
     layers: int = 1
     blocks: int = 0
@@ -132,11 +134,23 @@ def about(kind: Kind, id: TransferId, text: str = "") -> Frame:
 
 
 def _seal(body: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> bytes:
-    digest = _begun(key, sender, receiver).copy()
-    digest.update(body)
-    return digest.digest()[:_SEAL_BYTES]
+    inner, outer = _begun(key, sender, receiver)
+    inner, outer = inner.copy(), outer.copy()
+    inner.update(body)
+    outer.update(inner.digest())
+    seal: bytes = outer.digest()[:_SEAL_BYTES]
+    return seal
 
 
 @functools.lru_cache(1024)
-def _begun(key: bytes, sender: PeerId, receiver: PeerId) -> hmac.HMAC:
-    return hmac.new(key, f"{len(sender)}:{sender}{receiver}".encode(), "sha256")
+def _begun(key: bytes, sender: PeerId, receiver: PeerId) -> tuple[Any, Any]:
+    """Return both hashes of HMAC as they are before the frame.
+
+    They are copied in half the time that `hmac.HMAC` takes.
+    """
+    if len(key) > _BLOCK_BYTES:
+        key = hashlib.sha256(key).digest()
+    key = key.ljust(_BLOCK_BYTES, b"\0")
+    inner = hashlib.sha256(bytes([byte ^ 0x36 for byte in key]))
+    inner.update(f"{len(sender)}:{sender}{receiver}".encode())
+    return inner, hashlib.sha256(bytes([byte ^ 0x5C for byte in key]))

@@ -27,6 +27,8 @@ class Address:
         memory: Kind of memory, as the carrier names it.
         device: Which device it is on.
         metadata: Opaque words of the carrier.
+        shared: How peers on the same host can map the slab, in words of the
+            carrier; empty if they cannot.
 
     >>> layout = Layout(model="m", dtype="bf16", layers=2, block_tokens=16,
     ...                 block_bytes=1024)
@@ -42,6 +44,7 @@ class Address:
     memory: str = "DRAM"
     device: int = 0
     metadata: bytes = b""
+    shared: str = ""
 
     def sign(self, key: bytes) -> bytes:
         """Return the address as peers may have it."""

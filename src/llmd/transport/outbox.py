@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import TransferError
 from .frames import Frame, Words
 from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
 
@@ -89,6 +90,11 @@ class Settings:
     silence_s: float = 2.0
     idle_s: float = 5.0
     early_asks: int = 4096
+
+    def __attrs_post_init__(self) -> None:
+        # An attempt is told in a byte, of which 255 says that there are no more.
+        if not 1 <= self.max_attempts <= 200:
+            raise TransferError(f"max_attempts is {self.max_attempts}, must be 1..200")
 
 
 @attrs.define(eq=False)

@@ -12,6 +12,7 @@ from .interface import Fetch, PeerId, Side, TransferId
 from .outbox import Blocks, Outbox, Settings, Sums
 
 _NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+_RIGHT = 255
 
 
 @attrs.define(eq=False)
@@ -38,14 +39,14 @@ class Incoming:
     told_at: float = -np.inf
     damaged_blocks: int = 0
     _blocks: Blocks = attrs.field(init=False)
-    _due: NDArray[np.int16] = attrs.field(init=False)
+    _due: list[bytearray] = attrs.field(init=False)
+    """By layer: the attempt that is expected of each block, `_RIGHT` once it is."""
     _missing: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._blocks = np.array(self.fetch.blocks, dtype=np.int32)
-        # The attempt that is expected of each block, -1 once it is right.
-        self._due = np.zeros((self.layers, len(self._blocks)), dtype=np.int16)
-        self._missing = self._due.size
+        self._due = [bytearray(len(self._blocks)) for _ in range(self.layers)]
+        self._missing = self.layers * len(self._blocks)
 
     def take(self, frame: Frame, sums: Sums | None) -> NDArray[np.int64] | None:
         """Check what DATA says has arrived.
@@ -55,25 +56,28 @@ class Incoming:
             None if the frame is stale.
         """
         last, stop = frame.layer + frame.layers, frame.start + frame.blocks
-        if last > self.layers or stop > len(self._blocks):
+        if last > self.layers or stop > len(self._blocks) or frame.attempt >= _RIGHT:
             return None
-        due = self._due[frame.layer : last, frame.start : stop]
-        if not due.size or not (due == frame.attempt).all():
+        due, run = self._due[frame.layer : last], slice(frame.start, stop)
+        expected = bytes((frame.attempt,)) * frame.blocks
+        if not (due and expected) or any(row[run] != expected for row in due):
             return None
+        damaged = _NONE
         if sums is not None:
-            found = sums(frame.layer, last, self._blocks[frame.start : stop])
+            found = sums(frame.layer, last, self._blocks[run])
             if found.shape != frame.values.shape:
                 return None
             if found.tobytes() != frame.values.tobytes():
-                wrong = found != frame.values
-                due[:] = np.where(wrong.reshape(due.shape), frame.attempt + 1, -1)
-                damaged = np.flatnonzero(wrong)
-                self.damaged_blocks += len(damaged)
-                self._missing -= due.size - len(damaged)
-                return damaged
-        due[:] = -1
-        self._missing -= due.size
-        return _NONE
+                damaged = np.flatnonzero(found != frame.values)
+        right = bytes((_RIGHT,)) * frame.blocks
+        for row in due:
+            row[run] = right
+        for at in damaged.tolist():
+            row, column = divmod(at, frame.blocks)
+            due[row][frame.start + column] = frame.attempt + 1
+        self.damaged_blocks += len(damaged)
+        self._missing -= len(due) * frame.blocks - len(damaged)
+        return damaged
 
     @property
     def complete(self) -> bool:
@@ -139,9 +143,8 @@ class Targets:
                 times = self.settings.max_attempts
                 self.fail(incoming, f"blocks arrived damaged {times} times", now)
                 return False
-            nack = attrs.evolve(
-                frame, kind=Kind.NACK, values=damaged.astype(np.uint64), text=b""
-            )
+            words = damaged.astype(np.uint64)
+            nack = frame._replace(kind=Kind.NACK, values=words, text=b"")
             self.outbox.send(peer, nack)
             return False
         self._acknowledge(peer, frame)

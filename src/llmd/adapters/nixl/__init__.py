@@ -4,7 +4,8 @@ Needs the extra `nixl`.
 """
 
 from .path import Path, PathLog
+from .shared import SharedMemory
 from .slab import Slab
 from .transport import NixlTransport
 
-__all__ = ["NixlTransport", "Path", "PathLog", "Slab"]
+__all__ = ["NixlTransport", "Path", "PathLog", "SharedMemory", "Slab"]

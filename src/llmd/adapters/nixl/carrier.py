@@ -1,4 +1,7 @@
-"""Carries out what an `Endpoint` wants, with a NIXL agent; for one thread only."""
+"""Carries out what an `Endpoint` wants, with a NIXL agent; for one thread only.
+
+Blocks go by a WRITE of NIXL, or by a copy where the peer's slab can be mapped.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from ...transport.endpoint import Endpoint
 from ...transport.handshake import Address
 from ...transport.interface import PeerId
 from ...transport.outbox import Blocks, Drop, Effect, Meet, Send, Write
+from .shared import Mapped
 from .slab import Slab, descriptors
 
 _log = logging.getLogger(__name__)
 _LOCAL = "NIXL_INIT_AGENT"
 _LOOKS_AT_A_WRITE = 4
+_COPIED = object()
+"""In place of NIXL's handle of a write: the blocks are there already."""
 
 
 @attrs.define(eq=False)
@@ -28,8 +34,10 @@ class _Reached:
     """A peer that the agent can write to."""
 
     address: Address
+    mapped: Mapped | None
+    """Its slab, if this process could map it."""
     blocks: Any
-    """Prepared descriptors of every block there, by layer and block."""
+    """Prepared descriptors of every block there otherwise, by layer and block."""
 
 
 @attrs.define(eq=False)
@@ -45,12 +53,14 @@ class Carrier:
         slab: What to register, once, in as few regions as it has.
         tell: Called when there are reports, before the peer is answered.
         written: Some write has ended well.
+        copied: The last was a copy.
     """
 
     endpoint: Endpoint
     slab: Slab
     tell: Callable[[], object]
     written: bool = attrs.field(default=False, init=False)
+    copied: bool = attrs.field(default=False, init=False)
     _agent: Any = attrs.field(init=False)
     _local: Any = attrs.field(init=False)
     _registered: Any = attrs.field(init=False)
@@ -78,6 +88,7 @@ class Carrier:
             memory=slab.memory,
             device=slab.device,
             metadata=self._agent.get_agent_metadata(),
+            shared="" if slab.shared is None else slab.shared.where(),
         ).sign(endpoint.key)
 
     def reach(self, address: Address, now: float) -> bool:
@@ -86,18 +97,13 @@ class Carrier:
             return True
         try:
             self._agent.add_remote_agent(address.metadata)
-            blocks = self._prepare(
-                address.id,
-                address.bases,
-                address.blocks,
-                address.device,
-                address.memory,
-            )
+            mapped = Mapped.of(address) if self.slab.memory == "DRAM" else None
+            blocks = None if mapped is not None else self._listed(address)
         except Exception as error:
             self.endpoint.died(address.id, f"NIXL refuses the peer: {error}", now)
             return False
         self._known[address.id] = address
-        self._reached[address.id] = _Reached(address, blocks)
+        self._reached[address.id] = _Reached(address, mapped, blocks)
         return True
 
     def step(self, now: float) -> bool:
@@ -172,18 +178,22 @@ class Carrier:
         self._drop(peer)
 
     def _write(self, write: Write) -> None:
-        blocks = self.slab.blocks
         reached = self._reached[write.peer]
-        source = across(write.layer, write.layers, write.source, blocks)
-        target = across(write.layer, write.layers, write.target, reached.address.blocks)
+        sealed = write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer)
+        if reached.mapped is not None:
+            self._copy(write, reached.mapped)
+            self._agent.send_notif(write.peer, sealed)
+            self._flying[write.token] = (write.peer, _COPIED)
+            return
+        blocks, theirs = self.slab.blocks, reached.address.blocks
         # NIXL merges neighbours itself where they are neighbours on both sides.
         handle = self._agent.make_prepped_xfer(
             "WRITE",
             self._local,
-            source,
+            across(write.layer, write.layers, write.source, blocks),
             reached.blocks,
-            target,
-            write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer),
+            across(write.layer, write.layers, write.target, theirs),
+            sealed,
         )
         self._flying[write.token] = (write.peer, handle)
         self._agent.transfer(handle)
@@ -192,20 +202,25 @@ class Carrier:
             if self._check(write.token, time.monotonic()):
                 break
 
+    def _copy(self, write: Write, mapped: Mapped) -> None:
+        for layer in range(write.layer, write.layer + write.layers):
+            mapped.copy(self.slab.bases[layer], layer, write.source, write.target)
+
     def _check(self, token: int, now: float) -> bool:
         """Report a write if it has ended."""
         peer, handle = self._flying.get(token, ("", None))
         if handle is None:  # its peer died while others were looked at
             return False
         try:
-            if self._agent.check_xfer_state(handle) == "PROC":
+            if handle is not _COPIED and self._agent.check_xfer_state(handle) == "PROC":
                 return False
         except Exception as error:
             self._lose(peer, error, now)
             return True
         del self._flying[token]
-        self._agent.release_xfer_handle(handle)
-        self.written = True
+        if handle is not _COPIED:
+            self._agent.release_xfer_handle(handle)
+        self.written, self.copied = True, handle is _COPIED
         self.endpoint.wrote(token, None, now)
         return True
 
@@ -218,8 +233,19 @@ class Carrier:
             except Exception as error:
                 _log.info("NIXL will not forget %s: %s", peer, error)
         for token in [t for t, (to, _) in self._flying.items() if to == peer]:
-            self._kept.append(self._flying.pop(token)[1])
+            handle = self._flying.pop(token)[1]
+            if handle is not _COPIED:
+                self._kept.append(handle)
             self.endpoint.wrote(token, "the peer is gone", time.monotonic())
+
+    def _listed(self, address: Address) -> Any:
+        return self._prepare(
+            address.id,
+            address.bases,
+            address.blocks,
+            address.device,
+            address.memory,
+        )
 
     def _prepare(
         self,

@@ -29,7 +29,7 @@ _SLOW = re.compile(r"\btcp/")
 
 @attrs.frozen
 class Path:
-    """One way that UCX chose.
+    """One way that bytes go, in UCX's words.
 
     Attributes:
         operation: In UCX's words, for example "remote memory write by ucp_put*".
@@ -57,6 +57,16 @@ class Path:
     def writes(self) -> bool:
         """It is how a peer's memory is written."""
         return self.operation.startswith("remote memory write")
+
+
+COPIED = Path(
+    operation="remote memory write by the source's own copy",
+    sizes="0..inf",
+    protocol="one copy",
+    lanes="mapped/memory",
+    between="intra-node",
+)
+"""Not UCX's: blocks go to a slab that the source maps, see `SharedMemory`."""
 
 
 @attrs.define(eq=False)

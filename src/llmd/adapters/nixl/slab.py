@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...errors import TransferError
 from ...transport.frames import Words
 from ...transport.interface import Layout
 from ...transport.outbox import Blocks, Sums
+from .shared import SharedMemory
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -32,6 +34,8 @@ class Slab:
         enter: Called once in the thread that carries blocks, before anything
             else; a GPU's context must be current there.
         owner: Kept alive as long as the slab.
+        shared: The memory it is in, if peers on this host may map it.  They
+            copy blocks into it themselves then, which is faster.
 
     >>> layout = Layout(model="m", dtype="u8", layers=2, block_tokens=1,
     ...                 block_bytes=8)
@@ -49,6 +53,7 @@ class Slab:
     gathered: Sums | None = None
     enter: Callable[[], object] | None = None
     owner: Any = attrs.field(default=None, repr=False)
+    shared: SharedMemory | None = None
 
     def __attrs_post_init__(self) -> None:
         if len(self.bases) != self.layout.layers:
@@ -57,8 +62,20 @@ class Slab:
             )
 
     @classmethod
-    def of(cls, array: NDArray[np.uint8], layout: Layout) -> Slab:
-        """Return the slab in *array*, C-contiguous, (layers, blocks, block_bytes)."""
+    def of(
+        cls,
+        array: NDArray[np.uint8],
+        layout: Layout,
+        *,
+        shared: SharedMemory | None = None,
+    ) -> Slab:
+        """Return the slab in *array*, C-contiguous, (layers, blocks, block_bytes).
+
+        Args:
+            array: The slab.
+            layout: Of it.
+            shared: The memory *array* is in, if that is to be shared.
+        """
         if array.ndim != 3 or array.shape[::2] != (layout.layers, layout.block_bytes):
             raise TransferError(f"an array of shape {array.shape} for {layout}")
         if not array.flags.c_contiguous or array.dtype != np.uint8:
@@ -71,7 +88,28 @@ class Slab:
             bases=bases,
             sums=lambda first, last, blocks: xxh3(array[first:last], blocks),
             owner=array,
+            shared=shared,
         )
+
+    @classmethod
+    def allocate(cls, layout: Layout, blocks: int) -> Slab:
+        """Return a new slab, zeroed, in memory that peers on this host may map.
+
+        Its `owner` is the array, shape (layers, blocks, block_bytes).
+
+        Raises:
+            TransferError: There is no such memory here.
+
+        >>> layout = Layout(model="m", dtype="u8", layers=2, block_tokens=1,
+        ...                 block_bytes=8)
+        >>> Slab.allocate(layout, 4).owner.shape
+        (2, 4, 8)
+        """
+        if blocks < 1:
+            raise TransferError(f"a slab of {blocks} blocks")
+        shape = layout.layers, blocks, layout.block_bytes
+        memory = SharedMemory(math.prod(shape))
+        return cls.of(memory.array.reshape(shape), layout, shared=memory)
 
     def regions(self) -> list[tuple[int, int, int, str]]:
         """Return (address, bytes, device, "") of as few regions as cover it."""

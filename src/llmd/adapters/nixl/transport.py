@@ -31,7 +31,7 @@ from ...transport.interface import (
 from ...transport.local import drain, held
 from ...transport.outbox import Settings
 from .carrier import Carrier
-from .path import Path, PathLog, why_slow
+from .path import COPIED, Path, PathLog, why_slow
 from .slab import Slab
 
 _log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class NixlTransport(KVTransport):
         )
         self._calls: deque[Callable[[], None]] = deque()
         self._called = threading.Event()
+        self._napping = False
         self._reports: deque[Report] = deque()
         self._paths = PathLog.begin()
         self._path: Path | None = None
@@ -129,7 +130,7 @@ class NixlTransport(KVTransport):
 
     @property
     def path(self) -> Path | None:
-        """How UCX writes to the peer met last; None before the first write."""
+        """How the peer written to last is; None before the first write."""
         return self._path
 
     def address(self) -> bytes:
@@ -171,7 +172,8 @@ class NixlTransport(KVTransport):
         if self._closing:
             raise TransferError("the transport is closed")
         self._calls.append(act)
-        self._called.set()
+        if self._napping:  # setting it takes longer than the rest of this
+            self._called.set()
 
     def _ask(self, act: Callable[[], None]) -> None:
         """Let the owner thread *act*, and raise here what it raises."""
@@ -232,8 +234,16 @@ class NixlTransport(KVTransport):
 
     def _tick(self, now: float) -> None:
         self._endpoint.tick(now)
-        look = self._carrier.written and self._looks > 0
-        if self._path is None and self._paths is not None and look:
+        if self._carrier.written:
+            self._look_at_path()
+
+    def _look_at_path(self) -> None:
+        if self._carrier.copied:
+            self._path = COPIED
+            return
+        if self._path is COPIED:
+            self._path = None
+        if self._path is None and self._paths is not None and self._looks > 0:
             self._looks -= 1
             self._path = self._paths.write_path(self._slab.memory)
             if self._path is not None and self._path.slow:
@@ -244,8 +254,11 @@ class NixlTransport(KVTransport):
     def _nap(self) -> None:
         counts = held(self._endpoint)
         busy = counts["offers"] or counts["fetches"]  # loose writes can wait
-        if self._called.wait(_BUSY_NAP_S if busy else _IDLE_NAP_S):
+        self._napping = True
+        # Whoever called before they could see that has left the call there.
+        if not self._calls and self._called.wait(_BUSY_NAP_S if busy else _IDLE_NAP_S):
             self._called.clear()
+        self._napping = False
 
     def _meet(self, address: Address) -> None:
         now = time.monotonic()

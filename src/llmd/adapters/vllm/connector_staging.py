@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 
 from ...errors import TransferError
 from ...transport.interface import Layout
+from ..nixl.shared import SharedMemory
 from ..nixl.slab import Slab
 from .connector_mover import EVERY, by_block, mover
+
+_log = logging.getLogger(__name__)
 
 
 @attrs.define(eq=False)
@@ -89,8 +94,8 @@ class Staging:
             raise TransferError("layers whose caches differ in shape are not supported")
         block_bytes = first[0].numel() * first.element_size()
         count = max(1, staging_bytes // (block_bytes * len(layers)))
-        self._tensor = torch.empty(
-            (len(layers), count, block_bytes), dtype=torch.uint8, device=first.device
+        self._memory, self._tensor = _slab(
+            (len(layers), count, block_bytes), first.device
         )
         self._mover = mover(layers, self._tensor)
         model = vllm_config.model_config
@@ -120,6 +125,7 @@ class Staging:
             gathered=self._mover.gathered,
             enter=(lambda: torch.cuda.set_device(tensor.device)) if cuda else None,
             owner=tensor,
+            shared=self._memory,
         )
 
     def gather(
@@ -147,6 +153,18 @@ class Staging:
             self._pending[0][0] is None or self._pending[0][0].query()
         ):
             self.slots.give(self._pending.pop(0)[1])
+
+
+def _slab(shape: tuple[int, int, int], device: Any) -> tuple[SharedMemory | None, Any]:
+    """Return a slab of bytes, in memory that peers on this host map if it can be."""
+    if device.type == "cpu":
+        try:
+            memory = SharedMemory(math.prod(shape))
+        except TransferError as error:
+            _log.warning("peers on this host go through the kernel: %s", error)
+        else:
+            return memory, torch.from_numpy(memory.array).view(shape)
+    return None, torch.empty(shape, dtype=torch.uint8, device=device)
 
 
 def os_name(path: str) -> str:

@@ -1,0 +1,177 @@
+"""Memory that peers on one host map, so that they copy blocks into it themselves.
+
+UCX writes to another process's memory through the kernel, page by page.  What
+both have mapped is copied as fast as within one process.  NIXL still carries
+what is said about it.
+
+The memory is a Linux memfd: it has no name in any file system and goes with the
+last process that maps it, however that ends.  A peer opens it through /proc,
+which the kernel allows to who may trace the process, the rule for UCX's own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import secrets
+import weakref
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import TransferError
+from ...native import loops
+from ...transport.handshake import Address
+from ...transport.outbox import Blocks
+
+# Nobody can shrink it under a process that copies into it.
+_MADV_POPULATE_WRITE = 23
+_SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
+
+
+@attrs.define(eq=False)
+class SharedMemory:
+    """Zeroed memory of this process that others of this host can map.
+
+    Attributes:
+        bytes: Of it.
+        array: It, shape (bytes,); whoever keeps it keeps the memory.
+
+    >>> SharedMemory(1 << 16).array.sum()
+    np.uint64(0)
+    """
+
+    bytes: int
+    array: NDArray[np.uint8] = attrs.field(init=False, repr=False)
+    _name: str = attrs.field(init=False)
+    _descriptor: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.bytes < 1:
+            raise TransferError(f"{self.bytes} bytes cannot be shared")
+        if not hasattr(os, "memfd_create"):
+            raise TransferError("this system has no memory to share by memfd_create")
+        self._name = f"llmd-{secrets.token_hex(16)}"
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        self._descriptor = os.memfd_create(self._name, flags)
+        weakref.finalize(self, os.close, self._descriptor)
+        try:
+            os.ftruncate(self._descriptor, self.bytes)
+            seals = sum(getattr(fcntl, seal) for seal in _SEALS)
+            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, seals)
+            self.array = _mapped(self._descriptor, self.bytes)
+        except OSError as error:
+            raise TransferError(f"{self.bytes} bytes cannot be shared: {error}") from (
+                error
+            )
+
+    def where(self) -> str:
+        """Return what a peer needs to map it."""
+        place = [os.getpid(), self._descriptor, self._name, self.array.ctypes.data]
+        return json.dumps(place)
+
+
+@attrs.frozen(eq=False)
+class Mapped:
+    """A peer's slab as this process sees it.
+
+    Attributes:
+        bases: Where each layer begins here.
+        blocks: In each layer.
+        block_bytes: Of each block.
+        memory: What is mapped.
+    """
+
+    bases: tuple[int, ...]
+    blocks: int
+    block_bytes: int
+    memory: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, address: Address) -> Mapped | None:
+        """Map the slab of a peer; None if it is not there to be mapped.
+
+        It may be on another host, in another PID namespace, of another user, or
+        not be shared at all.
+        """
+        if not address.shared:
+            return None
+        try:
+            process, descriptor, name, base = json.loads(address.shared)
+            memory = _opened(int(process), int(descriptor), str(name))
+        except (OSError, ValueError, TypeError):
+            return None
+        offsets = [there - int(base) for there in address.bases]
+        layer_bytes = address.blocks * address.layout.block_bytes
+        if min(offsets) < 0 or max(offsets) + layer_bytes > len(memory):
+            return None
+        here = memory.ctypes.data
+        return cls(
+            bases=tuple([here + offset for offset in offsets]),
+            blocks=address.blocks,
+            block_bytes=address.layout.block_bytes,
+            memory=memory,
+        )
+
+    def copy(self, source: int, layer: int, blocks: Blocks, to: Blocks) -> None:
+        """Copy *blocks* from where *source* has block 0 *to* blocks of a layer.
+
+        Raises:
+            TransferError: There is no such block there.
+        """
+        if len(to) and not 0 <= to.min() <= to.max() < self.blocks:
+            raise TransferError(f"blocks {to.min()}..{to.max()} of {self.blocks}")
+        copy_blocks(source, self.bases[layer], blocks, to, self.block_bytes)
+
+
+def copy_in_python(
+    source: int, target: int, blocks: Blocks, to: Blocks, block_bytes: int
+) -> None:
+    """Copy blocks from one place in memory to another.
+
+    Args:
+        source: Address of block 0.
+        target: The same of where to.
+        blocks: Which, int32, shape (n,).
+        to: Where each goes, shape (n,).
+        block_bytes: Of each.
+    """
+    import ctypes
+
+    pairs = zip(blocks.tolist(), to.tolist(), strict=True)
+    for come, go in pairs:
+        ctypes.memmove(
+            target + go * block_bytes, source + come * block_bytes, block_bytes
+        )
+
+
+copy_blocks = copy_in_python if loops is None else loops.copy_blocks
+
+
+def _opened(process: int, descriptor: int, name: str) -> NDArray[np.uint8]:
+    """Map what another process shares, if it is what it says it is."""
+    path = f"/proc/{process}/fd/{descriptor}"
+    # The name is not to be guessed: no other memory can be taken for it, not even
+    # that of a process which has this number in another namespace.
+    if os.readlink(path) != f"/memfd:{name} (deleted)":
+        raise OSError(f"{path} is something else")
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise OSError(f"{path} could shrink")
+        return _mapped(opened, os.fstat(opened).st_size)
+    finally:
+        os.close(opened)
+
+
+def _mapped(descriptor: int, length: int) -> NDArray[np.uint8]:
+    memory = mmap.mmap(descriptor, length)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # kernels before 5.14 find pages one by one
+        memory.madvise(_MADV_POPULATE_WRITE)
+    return np.frombuffer(memory, np.uint8)

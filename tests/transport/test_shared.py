@@ -1,0 +1,165 @@
+"""Memory that peers map: only the right one, only whole, gone with who holds it."""
+
+import gc
+import json
+import multiprocessing as mp
+import os
+
+import attrs
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+pytest.importorskip("xxhash")
+
+from llmd.adapters.nixl.shared import Mapped, SharedMemory, copy_blocks, copy_in_python
+from llmd.adapters.nixl.slab import Slab
+from llmd.errors import TransferError
+from llmd.native import loops
+from llmd.transport import Layout
+from llmd.transport.handshake import Address
+
+LAYOUT = Layout(model="m", dtype="u8", layers=2, block_tokens=1, block_bytes=4096)
+BLOCKS = 6
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "memfd_create"), reason="no memory to share here"
+)
+
+
+def address_of(slab):
+    return Address(
+        id="a",
+        layout=slab.layout,
+        blocks=slab.blocks,
+        bases=slab.bases,
+        shared=slab.shared.where(),
+    )
+
+
+@pytest.fixture
+def slab():
+    return Slab.allocate(LAYOUT, BLOCKS)
+
+
+def int32(*numbers):
+    return np.array(numbers, np.int32)
+
+
+def copy_there(address, pipe):
+    source = np.full((3, LAYOUT.block_bytes), 7, np.uint8)
+    mapped = Mapped.of(address)
+    mapped.copy(source.ctypes.data, 1, int32(0, 2), int32(5, 3))
+    pipe.send("copied")
+
+
+def test_another_process_copies_blocks_of_a_layer(slab):
+    context = mp.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=copy_there, args=(address_of(slab), theirs))
+    process.start()
+    try:
+        assert pipe.poll(60)
+        assert pipe.recv() == "copied"
+        assert (slab.owner[1, [3, 5]] == 7).all()
+        assert not slab.owner[0].any()
+        assert not slab.owner[1, [0, 1, 2, 4]].any()
+    finally:
+        process.join(20)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("block", [-1, BLOCKS])
+def test_blocks_that_are_not_there_are_refused_before_any_is_written(slab, block):
+    mapped = Mapped.of(address_of(slab))
+    source = np.full((2, LAYOUT.block_bytes), 7, np.uint8)
+    with pytest.raises(TransferError, match="of 6"):
+        mapped.copy(source.ctypes.data, 0, int32(0, 1), int32(2, block))
+    assert not slab.owner.any()
+
+
+def test_what_is_not_that_memory_is_not_mapped(slab, tmp_path):
+    address = address_of(slab)
+    process, descriptor, name, base = json.loads(address.shared)
+    with (tmp_path / "file").open("wb+") as other:
+        other.truncate(1 << 20)
+        wrong = [
+            "",
+            "no json",
+            "7",
+            json.dumps([process, descriptor, "llmd-another", base]),
+            json.dumps([process, other.fileno(), name, base]),
+            json.dumps([2**31 - 1, descriptor, name, base]),
+            json.dumps([process, descriptor, name, base + 1]),
+            json.dumps([process, descriptor, name, base - (1 << 30)]),
+            json.dumps([process, descriptor]),
+        ]
+        for shared in wrong:
+            assert Mapped.of(attrs.evolve(address, shared=shared)) is None, shared
+    more = attrs.evolve(address, blocks=BLOCKS + 1)
+    assert Mapped.of(more) is None, "layers that go beyond the memory"
+    assert Mapped.of(address) is not None
+
+
+def test_it_cannot_be_shrunk_under_those_who_map_it(slab):
+    _, descriptor, _, _ = json.loads(slab.shared.where())
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 4096)
+
+
+def test_memory_goes_when_nobody_holds_it():
+    def open_here():
+        return [name for name in os.listdir("/proc/self/fd") if _is_ours(name)]
+
+    before = len(open_here())
+    slab = Slab.allocate(LAYOUT, BLOCKS)
+    mapped = Mapped.of(address_of(slab))
+    del slab
+    gc.collect()
+    assert len(open_here()) == before + 1
+    # Still mapped here: a source may copy into what its target has left.
+    source = np.zeros((1, LAYOUT.block_bytes), np.uint8)
+    mapped.copy(source.ctypes.data, 0, int32(0), int32(0))
+    del mapped
+    gc.collect()
+    assert len(open_here()) == before
+
+
+def _is_ours(name):
+    try:
+        return "memfd:llmd-" in os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("blocks", [0, -1])
+def test_a_slab_of_nothing_is_refused(blocks):
+    with pytest.raises(TransferError):
+        Slab.allocate(LAYOUT, blocks)
+    with pytest.raises(TransferError):
+        SharedMemory(blocks)
+
+
+@pytest.mark.skipif(loops is None, reason="no compiled loops here")
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7))),
+    st.sampled_from([1, 16, 63, 64, 100, 192]),
+)
+def test_the_compiled_copy_does_what_its_twin_does(pairs, block_bytes):
+    rng = np.random.default_rng(1)
+    source = rng.integers(0, 256, (8, block_bytes), dtype=np.uint8)
+    come, go = int32(*[a for a, _ in pairs]), int32(*[b for _, b in pairs])
+    both = [np.zeros_like(source), np.zeros_like(source)]
+    for copy, target in zip((copy_blocks, copy_in_python), both, strict=True):
+        copy(source.ctypes.data, target.ctypes.data, come, go, block_bytes)
+    assert (both[0] == both[1]).all()
+
+
+@pytest.mark.skipif(loops is None, reason="no compiled loops here")
+def test_the_compiled_copy_wants_as_many_blocks_of_each():
+    block = np.zeros(8, np.uint8).ctypes.data
+    with pytest.raises(ValueError, match="as many"):
+        copy_blocks(block, block, int32(0, 0), int32(0), 8)
+    with pytest.raises(TypeError):
+        copy_blocks(block, block, int32(0), 8)
