@@ -74,7 +74,7 @@ def test_another_process_copies_blocks_of_a_layer(slab):
 def test_blocks_that_are_not_there_are_refused_before_any_is_written(slab, block):
     mapped = Mapped.of(address_of(slab))
     source = np.full((2, LAYOUT.block_bytes), 7, np.uint8)
-    with pytest.raises(TransferError, match="of 6"):
+    with pytest.raises(ValueError, match="not one of 6"):
         mapped.copy(source.ctypes.data, 0, int32(0, 1), int32(2, block))
     assert not slab.owner.any()
 
@@ -152,14 +152,15 @@ def test_the_compiled_copy_does_what_its_twin_does(pairs, block_bytes):
     come, go = int32(*[a for a, _ in pairs]), int32(*[b for _, b in pairs])
     both = [np.zeros_like(source), np.zeros_like(source)]
     for copy, target in zip((copy_blocks, copy_in_python), both, strict=True):
-        copy(source.ctypes.data, target.ctypes.data, come, go, block_bytes)
+        copy(source.ctypes.data, target.ctypes.data, come, go, block_bytes, 8)
     assert (both[0] == both[1]).all()
 
 
-@pytest.mark.skipif(loops is None, reason="no compiled loops here")
-def test_the_compiled_copy_wants_as_many_blocks_of_each():
+@pytest.mark.parametrize("copy", [copy_blocks, copy_in_python])
+@pytest.mark.parametrize(
+    ("come", "go"), [((0, 0), (0,)), ((0,), (1,)), ((0,), (-1,)), ((), (0,))]
+)
+def test_copies_that_cannot_be_are_refused(copy, come, go):
     block = np.zeros(8, np.uint8).ctypes.data
-    with pytest.raises(ValueError, match="as many"):
-        copy_blocks(block, block, int32(0, 0), int32(0), 8)
-    with pytest.raises(TypeError):
-        copy_blocks(block, block, int32(0), 8)
+    with pytest.raises(ValueError, match=r"block|longer|shorter"):
+        copy(block, block, int32(*come), int32(*go), 8, 1)

@@ -7,6 +7,7 @@ def copy_blocks(
     source_blocks: Any,
     target_blocks: Any,
     block_bytes: int,
+    limit: int,
     /,
 ) -> None: ...
 def token_ids(tokens: Any, out: Any, /) -> None: ...

@@ -41,23 +41,33 @@ copied(void)
 #endif
 
 PyDoc_STRVAR(copy_blocks_doc,
-"copy_blocks(source, target, source_blocks, target_blocks, block_bytes, /)\n"
+"copy_blocks(source, target, source_blocks, target_blocks, block_bytes, limit, /)\n"
 "--\n\n"
 "Copy blocks between two places in memory that do not overlap.\n\n"
-"The places are the addresses of block 0; the caller keeps both mapped, and\n"
-"knows that every block is inside.  The blocks are two buffers of as many\n"
-"32-bit integers.");
+"The places are the addresses of block 0; the caller keeps both mapped.  The\n"
+"blocks are two buffers of as many 32-bit integers; nothing is copied if one of\n"
+"the target's is not below limit, or negative.");
+
+static int
+within(const int32_t *blocks, Py_ssize_t count, long long limit)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (blocks[i] < 0 || blocks[i] >= limit)
+            return 0;
+    return 1;
+}
 
 static PyObject *
 copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    if (nargs != 5) {
-        PyErr_SetString(PyExc_TypeError, "copy_blocks takes 5 arguments");
+    if (nargs != 6) {
+        PyErr_SetString(PyExc_TypeError, "copy_blocks takes 6 arguments");
         return NULL;
     }
     const char *source = PyLong_AsVoidPtr(args[0]);
     char *target = PyLong_AsVoidPtr(args[1]);
     size_t bytes = PyLong_AsSize_t(args[4]);
+    long long limit = PyLong_AsLongLong(args[5]);
     if (PyErr_Occurred())
         return NULL;
     Py_buffer from, to;
@@ -67,22 +77,23 @@ copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         PyBuffer_Release(&from);
         return NULL;
     }
-    int alike = from.len == to.len && from.len % sizeof(int32_t) == 0;
-    if (alike) {
-        const int32_t *come = from.buf, *go = to.buf;
-        Py_ssize_t count = from.len / (Py_ssize_t)sizeof(int32_t);
+    const int32_t *come = from.buf, *go = to.buf;
+    Py_ssize_t count = from.len / (Py_ssize_t)sizeof(int32_t);
+    if (from.len != to.len || from.len % sizeof(int32_t) != 0)
+        PyErr_SetString(PyExc_ValueError, "want two buffers of as many blocks");
+    else if (!within(go, count, limit))
+        PyErr_Format(PyExc_ValueError, "a block is not one of %lld", limit);
+    else {
         Py_BEGIN_ALLOW_THREADS
         for (Py_ssize_t i = 0; i < count; i++)
             copy_block(target + (size_t)go[i] * bytes,
                        source + (size_t)come[i] * bytes, bytes);
         copied();
         Py_END_ALLOW_THREADS
-    } else {
-        PyErr_SetString(PyExc_ValueError, "want two buffers of as many blocks");
     }
     PyBuffer_Release(&from);
     PyBuffer_Release(&to);
-    if (!alike)
+    if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;
 }

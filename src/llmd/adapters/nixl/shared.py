@@ -12,6 +12,7 @@ which the kernel allows to who may trace the process, the rule for UCX's own way
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import mmap
@@ -121,15 +122,14 @@ class Mapped:
         """Copy *blocks* from where *source* has block 0 *to* blocks of a layer.
 
         Raises:
-            TransferError: There is no such block there.
+            ValueError: There is no such block there; nothing is copied.
         """
-        if len(to) and not 0 <= to.min() <= to.max() < self.blocks:
-            raise TransferError(f"blocks {to.min()}..{to.max()} of {self.blocks}")
-        copy_blocks(source, self.bases[layer], blocks, to, self.block_bytes)
+        target, limit = self.bases[layer], self.blocks
+        copy_blocks(source, target, blocks, to, self.block_bytes, limit)
 
 
 def copy_in_python(
-    source: int, target: int, blocks: Blocks, to: Blocks, block_bytes: int
+    source: int, target: int, blocks: Blocks, to: Blocks, block_bytes: int, limit: int
 ) -> None:
     """Copy blocks from one place in memory to another.
 
@@ -139,14 +139,17 @@ def copy_in_python(
         blocks: Which, int32, shape (n,).
         to: Where each goes, shape (n,).
         block_bytes: Of each.
-    """
-    import ctypes
+        limit: Blocks that there are at the target.
 
-    pairs = zip(blocks.tolist(), to.tolist(), strict=True)
+    Raises:
+        ValueError: A block is not there; nothing is copied.
+    """
+    pairs = list(zip(blocks.tolist(), to.tolist(), strict=True))
+    if not all(0 <= go < limit for _, go in pairs):
+        raise ValueError(f"a block is not one of {limit}")
     for come, go in pairs:
-        ctypes.memmove(
-            target + go * block_bytes, source + come * block_bytes, block_bytes
-        )
+        at = target + go * block_bytes
+        ctypes.memmove(at, source + come * block_bytes, block_bytes)
 
 
 copy_blocks = copy_in_python if loops is None else loops.copy_blocks

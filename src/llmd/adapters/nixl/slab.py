@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from ...errors import TransferError
 from ...transport.frames import Words
@@ -138,10 +139,13 @@ def xxh3(layers: NDArray[np.uint8], blocks: Blocks) -> Words:
     """Checksum *blocks* of each of *layers*, at 8-12 GB/s a core.
 
     Args:
-        layers: Shape (layers, blocks, block_bytes).
+        layers: Contiguous, shape (layers, blocks, block_bytes).
         blocks: Which, shape (n,).
     """
-    from xxhash import xxh3_64_intdigest  # the wheel of the extra
-
-    sums = [xxh3_64_intdigest(layer[i]) for layer in layers for i in blocks]
+    # Views of memory are made in a third of the time that arrays are.
+    whole, size = layers.data.cast("B"), layers.shape[2]
+    starts = [block * size for block in blocks.tolist()]
+    bases = range(0, layers.nbytes, layers.shape[1] * size)
+    places = [base + start for base in bases for start in starts]
+    sums = [xxh3_64_intdigest(whole[at : at + size]) for at in places]
     return np.array(sums, dtype=np.uint64)
