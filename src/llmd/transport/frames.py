@@ -109,23 +109,19 @@ class Frame(NamedTuple):
         body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
         if not hmac.compare_digest(seal, _seal(body, key, sender, receiver)):
             raise TransferError("a frame is not sealed with the shared key")
-        kind, version, attempt, *head = _HEAD.unpack_from(body)
-        layer, layers, start, blocks, generation, *lengths = head
+        head = _HEAD.unpack_from(body)
+        kind, version, attempt, layer, layers, start, blocks, generation = head[:8]
         if version != VERSION:
             raise TransferError(f"frame version {version} there, {VERSION} here")
-        text_at = _HEAD.size + lengths[0]
-        values_at = text_at + lengths[1]
-        return cls(
-            Kind(kind),
-            TransferId(body[_HEAD.size : text_at].decode(), generation),
-            layer,
-            attempt,
-            start,
-            np.frombuffer(body, np.uint64, lengths[2], values_at),
-            body[text_at:values_at],
-            layers,
-            blocks,
-        )
+        request_bytes, text_bytes, count = head[8:]
+        text_at = _HEAD.size + request_bytes
+        values_at = text_at + text_bytes
+        id = TransferId(body[_HEAD.size : text_at].decode(), generation)
+        values = _NOTHING
+        if count:
+            values = np.frombuffer(body, np.uint64, count, values_at)
+        text = body[text_at:values_at]
+        return cls(Kind(kind), id, layer, attempt, start, values, text, layers, blocks)
 
 
 def about(kind: Kind, id: TransferId, text: str = "") -> Frame:
