@@ -18,11 +18,19 @@ def test_the_step_of_a_prompt_is_found_whichever_gap_it_shows_in(told_late_s):
     times = list(itertools.accumulate(steps))
     asked, came = times[18] + 0.002, times[20]
     times[19] += told_late_s
-    found = _engine_probe.longer(times, asked, came)
+    found = _engine_probe.longer(times, asked, came, 1)
     assert found == pytest.approx(0.030)
     assert max(b - a for a, b in itertools.pairwise(times)) == pytest.approx(
         0.030 - told_late_s
     )
+
+
+def test_several_prompts_are_told_by_their_sum():
+    """Steps of 5 ms; three of 20, 30 and 40 among them."""
+    steps = [0.005] * 20 + [0.020] + [0.005] * 3 + [0.030, 0.040] + [0.005] * 20
+    times = list(itertools.accumulate(steps))
+    found = _engine_probe.longer(times, times[18] + 0.002, times[25], 3)
+    assert found == pytest.approx(0.030)
 
 
 def test_intake_is_a_line_and_a_few_late_ones_do_not_bend_it():
