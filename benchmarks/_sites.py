@@ -136,8 +136,8 @@ GPU = Site(
         "max_num_seqs": 128,
         "kv_cache_memory_bytes": 24 << 30,
         "gpu_memory_utilization": 0.6,
-        # At its default, 512, larger steps are as slow as the CPU launches kernels,
-        # which differs between starts of a machine, and with what else it does.
+        # By default steps of more than 256 tokens are no graphs: as slow as the host
+        # launches kernels, which differs with its start and what else it does.
         "compilation_config": {"max_cudagraph_capture_size": 2048},
     },
     step_tokens=2048,
