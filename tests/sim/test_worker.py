@@ -9,21 +9,22 @@ from llmd import Machine, Request, Worker
 from llmd import events as e
 from llmd.sim import EngineSettings, ModelWorker
 from llmd.sim.prompts import SegmentPrompt
+from llmd.sim.scheduler import Scheduler
 from llmd.sim.sequence import Sequence
 
 MACHINE = Machine(prefill_floor_s=0.02, decode_floor_s=0.01)
 
 
-class Plodding(ModelWorker):
-    """Takes one step at a time."""
+class Plodding(Scheduler):
+    """Plans one step at a time."""
 
     def _most_steps(self, chunks):
         return min(super()._most_steps(chunks), 1)
 
 
-def make(worker=None, kind=ModelWorker, **settings):
+def make(worker=None, **settings):
     worker = worker or Worker(id="w", kv_blocks=1000, block_tokens=16)
-    return kind(worker, MACHINE, EngineSettings(**settings))
+    return ModelWorker(worker, MACHINE, EngineSettings(**settings))
 
 
 def sequence(id, tokens, output=1, text=None, **kwargs):
@@ -197,7 +198,9 @@ requests = st.lists(
 def settle(plan, step_tokens, kv_blocks, places, single):
     """Run *plan*; *single* forbids to advance several steps at once."""
     worker = Worker(id="w", kv_blocks=kv_blocks, block_tokens=16, max_running=places)
-    model = make(worker, Plodding if single else ModelWorker, step_tokens=step_tokens)
+    model = make(worker, step_tokens=step_tokens)
+    if single:
+        model._scheduler = Plodding(worker, model.settings, model.kv)
     arrivals, aborts = [], []
     for row, (at, tokens, output, text, patience) in enumerate(plan):
         arrivals.append((at, sequence(f"r{row}", tokens, output, text=text)))
