@@ -146,8 +146,10 @@ class Pair:
             for i in range(rounds + 2):
                 between()
                 id = TransferId.fresh(str(i))
-                source = rng.permutation(blocks)[:count].tolist()
-                self.pipe.send((id, rng.permutation(blocks)[:count].tolist()))
+                # First all, as memory that nobody has touched is not there yet.
+                some = count if i else blocks
+                source = rng.permutation(blocks)[:some].tolist()
+                self.pipe.send((id, rng.permutation(blocks)[:some].tolist()))
                 assert self.receive() == "asked"
                 time.sleep(5e-4)  # the early fetch gets there; both ends are awake
                 mine.offer(Offer(id=id, blocks=source, ready=False))

@@ -1,6 +1,7 @@
 """What NIXL lacks, on real processes: death, hangs, damage, restarts."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,6 +112,32 @@ def test_bytes_that_never_arrive_whole_are_an_error(here, peers):
     id = fetch(here, peer, [5, 6, 7])
     p.wait_for(lambda: here.freed(id))
     assert "damaged 3 times" in here.ended(id).error
+
+
+def test_a_block_that_is_not_here_is_written_nowhere(here, peers, mapped, monkeypatch):
+    if not mapped:
+        pytest.skip("NIXL's to say")
+    from llmd.transport.endpoint import Endpoint
+
+    peer = peers()
+    monkeypatch.setattr(Endpoint, "_check", lambda self, blocks: None)
+    id = TransferId.fresh("r")
+    peer.do("offer", Offer(id=id, blocks=[1]))
+    name = here.transport.connect(peer.address)
+    here.transport.fetch(Fetch(id=id, peer=name, blocks=[p.BLOCKS]))
+    p.wait_for(lambda: here.freed(id))
+    assert "not one of 64" in here.ended(id).error
+    assert not here.slab.any()
+
+
+def test_a_process_may_exit_with_a_transport_open():
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import peer
+mine = peer.transport(peer.slab_of(peer.fill(0), True))
+"""
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code, here], check=True, timeout=60)
 
 
 def test_a_killed_source_frees_the_target(here, peers):

@@ -133,6 +133,24 @@ def _is_ours(name):
         return False
 
 
+def test_what_the_system_refuses_is_an_error_of_ours(monkeypatch):
+    with pytest.raises(TransferError, match="cannot be shared"):
+        Slab.allocate(attrs.evolve(LAYOUT, block_bytes=1 << 30), 1 << 40)
+
+    def refuse(*_):
+        raise PermissionError("not in this sandbox")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(TransferError, match="sandbox"):
+        Slab.allocate(LAYOUT, BLOCKS)
+
+
+def test_a_slab_that_is_not_in_the_memory_to_be_shared_is_refused():
+    elsewhere = np.zeros((2, BLOCKS, LAYOUT.block_bytes), np.uint8)
+    with pytest.raises(TransferError, match="does not lie"):
+        Slab.of(elsewhere, LAYOUT, shared=SharedMemory(elsewhere.nbytes))
+
+
 @pytest.mark.parametrize("blocks", [0, -1])
 def test_a_slab_of_nothing_is_refused(blocks):
     with pytest.raises(TransferError):

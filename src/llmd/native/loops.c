@@ -3,9 +3,9 @@
  *
  * Everything here has a twin in Python, `hashing.Hasher`,
  * `index.holders.PlainHolders`, `router.delay.LeastDelay` and
- * `adapters.nixl.shared.copy_in_python`, which says what is meant, runs where no compiler was at hand, and is what the tests compare with.
- * Only the buffer protocol is used, so building needs Python's own headers and no
- * others.
+ * `adapters.nixl.shared.copy_in_python`, which says what is meant, runs where no
+ * compiler was at hand, and is what the tests compare with.  Only the buffer
+ * protocol is used, so building needs Python's own headers and no others.
  */
 
 #define PY_SSIZE_T_CLEAN

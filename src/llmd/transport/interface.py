@@ -234,7 +234,9 @@ class KVTransport(abc.ABC):
     def close(self) -> None:
         """Give up all transfers, tell the peers, let go; idempotent.
 
-        The slab must stay mapped until this returns.
+        The slab must stay mapped until this returns.  Blocks whose `BlocksFreed` has
+        not come by then belong to a peer that hangs: it may write them still when
+        it wakes, so the slab must not be used for anything else.
         """
 
     def __enter__(self) -> KVTransport:

@@ -181,7 +181,11 @@ class Carrier:
         reached = self._reached[write.peer]
         sealed = write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer)
         if reached.mapped is not None:
-            self._copy(write, reached.mapped)
+            try:
+                self._copy(write, reached.mapped)
+            except ValueError as error:  # of the blocks that the peer has named
+                self.endpoint.wrote(write.token, str(error), time.monotonic())
+                return
             self._agent.send_notif(write.peer, sealed)
             self._flying[write.token] = (write.peer, _COPIED)
             return

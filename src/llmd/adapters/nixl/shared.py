@@ -6,7 +6,9 @@ what is said about it.
 
 The memory is a Linux memfd: it has no name in any file system and goes with the
 last process that maps it, however that ends.  A peer opens it through /proc,
-which the kernel allows to who may trace the process, the rule for UCX's own way.
+which needs the same PID namespace and the right to look at the process: its user's,
+or root's.  Each end decides so for itself; one may map where the other may not.
+Pages are there when they are first written to, as with other memory.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from ...transport.handshake import Address
 from ...transport.outbox import Blocks
 
 # Nobody can shrink it under a process that copies into it.
-_MADV_POPULATE_WRITE = 23
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 
 
 @attrs.define(eq=False)
 class SharedMemory:
     """Zeroed memory of this process that others of this host can map.
+
+    A child that is forked shares it too, where it would have a copy of other memory.
 
     Attributes:
         bytes: Of it.
@@ -57,18 +60,22 @@ class SharedMemory:
         if not hasattr(os, "memfd_create"):
             raise TransferError("this system has no memory to share by memfd_create")
         self._name = f"llmd-{secrets.token_hex(16)}"
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        self._descriptor = os.memfd_create(self._name, flags)
-        weakref.finalize(self, os.close, self._descriptor)
         try:
+            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+            self._descriptor = os.memfd_create(self._name, flags)
+            weakref.finalize(self, os.close, self._descriptor)
             os.ftruncate(self._descriptor, self.bytes)
             seals = sum(getattr(fcntl, seal) for seal in _SEALS)
             fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, seals)
             self.array = _mapped(self._descriptor, self.bytes)
-        except OSError as error:
-            raise TransferError(f"{self.bytes} bytes cannot be shared: {error}") from (
-                error
-            )
+        except (OSError, OverflowError) as error:
+            why = f"{self.bytes} bytes cannot be shared: {error}"
+            raise TransferError(why) from error
+
+    def holds(self, array: NDArray[np.uint8]) -> bool:
+        """Say whether *array*, C-contiguous, lies in it."""
+        begin = array.ctypes.data - self.array.ctypes.data
+        return 0 <= begin <= begin + array.nbytes <= self.bytes
 
     def where(self) -> str:
         """Return what a peer needs to map it."""
@@ -158,12 +165,12 @@ copy_blocks = copy_in_python if loops is None else loops.copy_blocks
 def _opened(process: int, descriptor: int, name: str) -> NDArray[np.uint8]:
     """Map what another process shares, if it is what it says it is."""
     path = f"/proc/{process}/fd/{descriptor}"
-    # The name is not to be guessed: no other memory can be taken for it, not even
-    # that of a process which has this number in another namespace.
-    if os.readlink(path) != f"/memfd:{name} (deleted)":
-        raise OSError(f"{path} is something else")
     opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        # The name is not to be guessed: no other memory can be taken for it, not even
+        # that of a process which has this number in another namespace.
+        if os.readlink(f"/proc/self/fd/{opened}") != f"/memfd:{name} (deleted)":
+            raise OSError(f"{path} is something else")
         if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise OSError(f"{path} could shrink")
         return _mapped(opened, os.fstat(opened).st_size)
@@ -175,6 +182,4 @@ def _mapped(descriptor: int, length: int) -> NDArray[np.uint8]:
     memory = mmap.mmap(descriptor, length)
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    with contextlib.suppress(OSError):  # kernels before 5.14 find pages one by one
-        memory.madvise(_MADV_POPULATE_WRITE)
     return np.frombuffer(memory, np.uint8)

@@ -81,6 +81,8 @@ class Slab:
             raise TransferError(f"an array of shape {array.shape} for {layout}")
         if not array.flags.c_contiguous or array.dtype != np.uint8:
             raise TransferError("a slab is a C-contiguous array of bytes")
+        if shared is not None and not shared.holds(array):
+            raise TransferError("the slab does not lie in the memory to be shared")
         stride = array.shape[1] * layout.block_bytes
         bases = tuple([array.ctypes.data + i * stride for i in range(layout.layers)])
         return cls(

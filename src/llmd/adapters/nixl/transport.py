@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -119,6 +120,8 @@ class NixlTransport(KVTransport):
         )
         self._thread.start()
         started.result()
+        # NIXL aborts a process that exits with an agent at work.
+        atexit.register(self.close)
 
     @property
     def id(self) -> PeerId:
@@ -166,6 +169,7 @@ class NixlTransport(KVTransport):
         self._called.set()
         self._thread.join()
         self._reports.extend(drain(self._endpoint))
+        atexit.unregister(self.close)
 
     def _call(self, act: Callable[[], None]) -> None:
         """Let the owner thread *act* soon."""
