@@ -112,7 +112,7 @@ def stage(end):
     made.move(end.index, 0, slice(None), gather=True)
     end.sync()
     slots = numpy.array([3, 0, PER_LAYER - 1])
-    picked = words[2:4][:, torch.from_numpy(slots).to(DEVICE)]
+    picked = words[2:4][:, torch.from_numpy(slots).to(words.device)]
     wanted = checksum(picked.flatten(0, 1)).cpu().numpy().view("uint64")
     assert (made.gathered(2, 4, slots) == wanted).all(), "wrong checksums"
     assert (made.sums(2, 4, slots) == wanted).all(), "wrong checksums"
@@ -399,11 +399,25 @@ def staging(end):
     )
 
 
-def llmd(end, checksums, piece_bytes):
+def through_host(end):
+    """Stage in host memory that the other process maps, as across MIG instances."""
+    from llmd.adapters.nixl import SharedMemory
+
+    shared = SharedMemory(BYTES)
+    end.stage = end.torch.from_numpy(shared.array).view(end.stage.shape)
+    if DEVICE == "cuda":
+        from llmd.adapters.nixl.kernels import pin
+
+        pin(end.stage)
+    return shared
+
+
+def llmd(end, checksums, piece_bytes, host=False):
     """The transport of llmd itself, staged on both sides as the connector does."""
     from llmd.adapters.nixl import NixlTransport, Slab
     from llmd.transport import Layout, Settings
 
+    shared = through_host(end) if host else None
     gather, scatter, sums, gathered = staging(end)
     layout = Layout(
         model="none",
@@ -416,11 +430,12 @@ def llmd(end, checksums, piece_bytes):
         layout=layout,
         blocks=PER_LAYER,
         bases=tuple([layer.data_ptr() for layer in end.stage]),
-        memory=MEMORY,
+        memory="DRAM" if host else MEMORY,
         sums=sums,
         gathered=gathered,
         enter=lambda: DEVICE != "cuda" or end.torch.cuda.set_device(0),
         owner=end.stage,
+        shared=shared,
     )
     woken = threading.Event()
     mine = NixlTransport(
@@ -490,6 +505,8 @@ VARIANTS = {
     "llmd, checked, 128 MiB pieces": lambda end: llmd(end, True, 1 << 27),
     "llmd, checked, 256 MiB pieces": lambda end: llmd(end, True, 1 << 28),
     "llmd, unchecked, 256 MiB pieces": lambda end: llmd(end, False, 1 << 28),
+    "llmd, checked, through host memory": lambda end: llmd(end, True, 1 << 25, True),
+    "llmd, unchecked, through host memory": lambda end: llmd(end, False, 1 << 25, True),
     "staged, kernel, 1 piece": lambda end: staged(end, kernels, 1),
     "staged, kernel, 4 pieces": lambda end: staged(end, kernels, 4),
     "staged, kernel, 16 pieces": lambda end: staged(end, kernels, 16),

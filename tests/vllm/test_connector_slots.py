@@ -1,5 +1,6 @@
 """Slots of prompts that are given up while their layers are still gathered."""
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -80,3 +81,30 @@ def test_layers_that_were_not_told_of_are_gathered_at_the_end(worker):
     worker._later.submit(lambda: None).result()
     offered = worker._transport._endpoint.sources.offers[id]
     assert offered._ready == {0, 1}
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_blocks_come_back_as_they_were_where_memory_is_shared_or_not(
+    worker, refused, monkeypatch
+):
+    from llmd.adapters.vllm.connector_staging import Staging
+
+    def refuse(*_):
+        raise PermissionError("no memfd in this sandbox")
+
+    if refused:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    caches = {name: torch.rand(16, BLOCK_VALUES) for name in LAYERS}
+    before = {name: cache.clone() for name, cache in caches.items()}
+    config, slot_bytes = worker._vllm_config, len(LAYERS) * BLOCK_VALUES * 4
+    staging = Staging(caches, config, SLOTS * slot_bytes, through_host=True)
+    slab = staging.slab()
+    assert slab.memory == "DRAM"
+    assert (slab.shared is None) == refused
+    staging.gather((3, 9, 4), (0, 1, 2))
+    for cache in caches.values():
+        cache.zero_()
+    staging.scatter((2, 0, 1), (7, 8, 15))
+    for name, cache in caches.items():
+        assert (cache[[7, 8, 15]] == before[name][[4, 3, 9]]).all()
+        assert not cache[[3, 4, 9]].any()

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...errors import TransferError
 from ...transport.frames import Words
 from ...transport.outbox import Blocks
 
@@ -116,11 +117,12 @@ class Stage:
         Args:
             bases: Address of each layer's cache, int64 on the GPU, (layers,).
             stride_words: From one block to the next in a cache, in 64-bit words.
-            slots: Int64, contiguous, (layers, slots, block_words).
+            slots: Int64, contiguous, (layers, slots, block_words); on the GPU, or
+                in host memory that is pinned.
         """
         layers, count, words = slots.shape
         self._bases, self._stride_words, self._slots = bases, stride_words, slots
-        self._stream = torch.cuda.Stream(slots.device)
+        self._stream = torch.cuda.Stream(bases.device)
         pinned: Any = {"dtype": torch.int64, "pin_memory": True}
         self._gathered = torch.zeros((layers, count), **pinned)
         self._index = torch.empty(count, **pinned)
@@ -171,7 +173,7 @@ class Stage:
         """Return the sums of *slots* as they are now; for one thread."""
         count, layers = len(slots), self._slots[first:last]
         self._index[:count].numpy()[:] = slots
-        with torch.cuda.device(layers.device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._bases.device), torch.cuda.stream(self._stream):
             self._check(
                 count,
                 last - first,
@@ -184,6 +186,18 @@ class Stage:
             self._stream.synchronize()
         found = self._arrived[: count * (last - first)].numpy()
         return np.array(found.view(np.uint64))
+
+
+def pin(memory: Any) -> None:
+    """Let the GPU read and write a tensor of host memory, which then stays in place.
+
+    Raises:
+        TransferError: CUDA refuses.
+    """
+    bytes = memory.numel() * memory.element_size()
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), bytes, 0)
+    if int(error):
+        raise TransferError(f"CUDA cannot pin {bytes} bytes of host memory: {error}")
 
 
 def checksum(words: Any) -> Any:

@@ -13,6 +13,7 @@ def transfer_config(
     offer_s: float = 30.0,
     checksums: bool = True,
     layerwise: bool = False,
+    through_host: bool = False,
 ) -> dict[str, Any]:
     """Return the `kv_transfer_config` with which vLLM loads `LlmdConnector`.
 
@@ -27,6 +28,8 @@ def transfer_config(
         checksums: Check every block on arrival.
         layerwise: Let each layer go while later ones compute, to a decode engine
             that has asked already; otherwise all go when the prompt is complete.
+        through_host: Stage in host memory, where one GPU cannot map the other's:
+            `choose_way` says `Way.HOST`, for example between MIG instances.
 
     >>> transfer_config(role="kv_producer")["kv_load_failure_policy"]
     'recompute'
@@ -42,6 +45,7 @@ def transfer_config(
             "offer_s": offer_s,
             "checksums": checksums,
             "layerwise": layerwise,
+            "through_host": through_host,
         },
     }
 

@@ -50,9 +50,10 @@ def mover(layers: Sequence[Any], slab: Any) -> Mover:
 
     Args:
         layers: Of the cache, each with its blocks along the first axis.
-        slab: Bytes, shape (layers, slots, block_bytes).
+        slab: Bytes, shape (layers, slots, block_bytes); on the same device, or in
+            host memory that is pinned.
     """
-    if not slab.is_cuda:
+    if not layers[0].is_cuda:
         return TorchMover(layers, slab)
     if slab.shape[2] % 8 or not _dense(layers):
         _log.warning("blocks of the cache are not dense: KV moves layer by layer")
@@ -74,26 +75,27 @@ class TorchMover(Mover):
         index, place = self._index(blocks), self._where(slots)
         pairs = zip(self._layers[layers], self._slab[layers], strict=True)
         for layer, staged in pairs:
-            taken = layer.index_select(0, index).contiguous()
+            taken = layer.index_select(0, index).contiguous().to(staged.device)
             staged[place] = taken.view(len(taken), -1).view(torch.uint8)
 
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         index, place = self._index(blocks), self._where(slots)
         for layer, staged in zip(self._layers, self._slab, strict=True):
-            values = staged[place].contiguous().view(layer.dtype)
+            values = staged[place].contiguous().to(layer.device).view(layer.dtype)
             layer[index] = values.view(len(blocks), *layer.shape[1:])
 
     def _sums(self, first: int, last: int, slots: Blocks) -> Words:
         return xxh3(self._slab[first:last].cpu().numpy(), slots)
 
-    def _index(self, numbers: Sequence[int]) -> Any:
-        return torch.tensor(numbers, dtype=torch.long, device=self._slab.device)
+    def _index(self, blocks: Sequence[int]) -> Any:
+        device = self._layers[0].device
+        return torch.tensor(blocks, dtype=torch.long, device=device)
 
     def _where(self, slots: Sequence[int]) -> Any:
         """Return *slots* as a slice if they are a run, which saves a copy."""
         if slots[-1] - slots[0] == len(slots) - 1:
             return slice(slots[0], slots[-1] + 1)
-        return self._index(slots)
+        return torch.tensor(slots, dtype=torch.long, device=self._slab.device)
 
 
 class KernelMover(Mover):
@@ -103,11 +105,11 @@ class KernelMover(Mover):
         from ..nixl.kernels import Stage
 
         first = layers[0]
-        self._layers, self._device = layers, slab.device
+        self._layers, self._device = layers, first.device
         bases = torch.tensor(
             [layer.data_ptr() for layer in layers],
             dtype=torch.int64,
-            device=slab.device,
+            device=first.device,
         )
         stride_words = first.stride(0) * first.element_size() // 8
         self._stage = Stage(bases, stride_words, slab.view(torch.int64))

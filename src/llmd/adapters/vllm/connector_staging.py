@@ -13,11 +13,14 @@ import torch
 
 from ...errors import TransferError
 from ...transport.interface import Layout
+from ...transport.outbox import Settings
 from ..nixl.shared import SharedMemory
 from ..nixl.slab import Slab
 from .connector_mover import EVERY, by_block, mover
 
 _log = logging.getLogger(__name__)
+_CROSSING_PIECE_BYTES = 1 << 25
+"""Each is checked by a kernel, which has to be launched, while the next is copied."""
 
 
 @attrs.define(eq=False)
@@ -74,7 +77,12 @@ class Staging:
     """
 
     def __init__(
-        self, caches: Mapping[str, Any], vllm_config: Any, staging_bytes: int
+        self,
+        caches: Mapping[str, Any],
+        vllm_config: Any,
+        staging_bytes: int,
+        *,
+        through_host: bool = False,
     ) -> None:
         """Make the slab.
 
@@ -82,6 +90,7 @@ class Staging:
             caches: The engine's cache of each layer, by name.
             vllm_config: Of the engine.
             staging_bytes: Of the slab, at most.
+            through_host: In host memory, whatever the caches are in.
 
         Raises:
             TransferError: The layers differ, or have no axis of blocks.
@@ -94,8 +103,9 @@ class Staging:
             raise TransferError("layers whose caches differ in shape are not supported")
         block_bytes = first[0].numel() * first.element_size()
         count = max(1, staging_bytes // (block_bytes * len(layers)))
+        self._device = first.device
         self._memory, self._tensor = _slab(
-            (len(layers), count, block_bytes), first.device
+            (len(layers), count, block_bytes), first.device, through_host=through_host
         )
         self._mover = mover(layers, self._tensor)
         model = vllm_config.model_config
@@ -114,19 +124,25 @@ class Staging:
         """Return the slab as a transport takes it."""
         tensor, layout = self._tensor, self._layout
         bases = tuple([layer.data_ptr() for layer in tensor])
-        cuda = tensor.is_cuda
+        device, gpu = self._device, self._device.type == "cuda"
         return Slab(
             layout=layout,
             blocks=self.slots.count,
             bases=bases,
-            memory="VRAM" if cuda else "DRAM",
-            device=tensor.device.index or 0 if cuda else 0,
+            memory="VRAM" if tensor.is_cuda else "DRAM",
+            device=device.index or 0 if tensor.is_cuda else 0,
             sums=self._mover.sums,
             gathered=self._mover.gathered,
-            enter=(lambda: torch.cuda.set_device(tensor.device)) if cuda else None,
+            enter=(lambda: torch.cuda.set_device(device)) if gpu else None,
             owner=tensor,
             shared=self._memory,
         )
+
+    @property
+    def settings(self) -> Settings | None:
+        """How blocks are best cut, where the kind of memory does not tell."""
+        crossing = self._device.type == "cuda" and not self._tensor.is_cuda
+        return Settings(piece_bytes=_CROSSING_PIECE_BYTES) if crossing else None
 
     def gather(
         self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
@@ -140,7 +156,7 @@ class Staging:
 
     def mark(self) -> Any:
         """Return an event after all that was gathered so far; None if it is done."""
-        if not self._tensor.is_cuda:
+        if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()
         event.record()
@@ -155,16 +171,23 @@ class Staging:
             self.slots.give(self._pending.pop(0)[1])
 
 
-def _slab(shape: tuple[int, int, int], device: Any) -> tuple[SharedMemory | None, Any]:
+def _slab(
+    shape: tuple[int, int, int], device: Any, *, through_host: bool
+) -> tuple[SharedMemory | None, Any]:
     """Return a slab of bytes, in memory that peers on this host map if it can be."""
-    if device.type == "cpu":
-        try:
-            memory = SharedMemory(math.prod(shape))
-        except TransferError as error:
-            _log.warning("peers on this host go through the kernel: %s", error)
-        else:
-            return memory, torch.from_numpy(memory.array).view(shape)
-    return None, torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type == "cuda" and not through_host:
+        return None, torch.empty(shape, dtype=torch.uint8, device=device)
+    try:
+        memory = SharedMemory(math.prod(shape))
+        tensor = torch.from_numpy(memory.array).view(shape)
+    except TransferError as error:
+        _log.warning("peers on this host go through the kernel: %s", error)
+        memory, tensor = None, torch.empty(shape, dtype=torch.uint8)
+    if device.type == "cuda":
+        from ..nixl.kernels import pin
+
+        pin(tensor)
+    return memory, tensor
 
 
 def os_name(path: str) -> str:

@@ -50,6 +50,7 @@ class WorkerSide:
         self._offer_s = float(extra.get("offer_s", 30.0))
         self._checksums = bool(extra.get("checksums", True))
         self._layerwise = bool(extra.get("layerwise", False))
+        self._through_host = bool(extra.get("through_host", False))
         self._staging: Staging | None = None
         self._transport: KVTransport | None = None
         self._woken = threading.Event()
@@ -87,10 +88,16 @@ class WorkerSide:
         if not key:
             raise TransferError("LLMD_KV_KEY is not set: engines need a key to share")
         self._rank = _rank()
-        self._staging = Staging(caches, self._vllm_config, self._staging_bytes)
+        self._staging = Staging(
+            caches,
+            self._vllm_config,
+            self._staging_bytes,
+            through_host=self._through_host,
+        )
         self._transport = NixlTransport(
             self._staging.slab(),
             key.encode(),
+            settings=self._staging.settings,
             checksums=self._checksums,
             wake=self._woken.set,
         )
