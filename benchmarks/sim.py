@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import os
 import statistics
 import tempfile
@@ -335,15 +336,16 @@ def ladder(rates: list[int], gauges_s: float, seeds: int) -> None:
     pairs = ("output tokens/s", "TTFT mean, s", "TTFT p90, s", "ms a token")
     heads = ("policy", "offered/s", *(f"{pair} | simulated" for pair in pairs))
     print(f"| {' | '.join(heads)} |\n|{'---|' * 10}")
+    speeds = {}
     for policy in SCORERS:
-        climbs = [climbed(policy, load, gauges_s) for load in loads]
-        found = np.median(climbs, axis=0)
-        plateau = []
-        for rate, figures in zip(STAGES, found, strict=True):
-            row = measured[rate, policy]
+        climbs = np.array([climbed(policy, load, gauges_s) for load in loads])
+        plateau, there = [], []
+        for stage, rate in enumerate(STAGES):
+            row, figures = measured[rate, policy], np.median(climbs[:, stage], axis=0)
             wanted = float(row["output_tok_s"])
             if rate >= SATURATED:
                 plateau.append((figures[0], wanted))
+                there.append([wanted, *climbs[:, stage, 0]])
             if rate in rates:
                 print(
                     f"| {policy} | {rate} | {compared(figures[0], wanted)}"
@@ -352,6 +354,22 @@ def ladder(rates: list[int], gauges_s: float, seeds: int) -> None:
                 )
         mean = compared(*np.mean(plateau, axis=0))
         print(f"| {policy} | {SATURATED} to 60, mean | {mean} |", flush=True)
+        speeds[policy] = np.array(there)
+    for one, other in itertools.combinations(SCORERS, 2):
+        print(f"{one}, {other}: {order(speeds[one] > speeds[other])}")
+
+
+def order(ahead: NDArray[np.bool_]) -> str:
+    """Say at how many rates ladders have two policies in the same order.
+
+    Args:
+        ahead: Whether one is, shape (rates, ladders); the first was measured.
+    """
+    rates = len(ahead)
+    alike = (ahead[:, :, None] == ahead[:, None, :]).sum(axis=0)
+    others = alike[1:, 1:][np.triu_indices(len(alike) - 1, 1)]
+    between = f", simulated ones alike at {others.tolist()}" if len(others) else ""
+    return f"as measured at {alike[0, 1:].tolist()} of {rates} rates{between}"
 
 
 def compared(speed: float, wanted: float) -> str:
