@@ -165,17 +165,22 @@ copy_blocks = copy_in_python if loops is None else loops.copy_blocks
 def _opened(process: int, descriptor: int, name: str) -> NDArray[np.uint8]:
     """Map what another process shares, if it is what it says it is."""
     path = f"/proc/{process}/fd/{descriptor}"
+    _expect(path, name)  # before, as to open a device may do things
     opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        # The name is not to be guessed: no other memory can be taken for it, not even
-        # that of a process which has this number in another namespace.
-        if os.readlink(f"/proc/self/fd/{opened}") != f"/memfd:{name} (deleted)":
-            raise OSError(f"{path} is something else")
+        _expect(f"/proc/self/fd/{opened}", name)
         if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise OSError(f"{path} could shrink")
         return _mapped(opened, os.fstat(opened).st_size)
     finally:
         os.close(opened)
+
+
+def _expect(path: str, name: str) -> None:
+    # The name is not to be guessed: no other memory can be taken for it, not even
+    # that of a process which has this number in another namespace.
+    if os.readlink(path) != f"/memfd:{name} (deleted)":
+        raise OSError(f"{path} is something else")
 
 
 def _mapped(descriptor: int, length: int) -> NDArray[np.uint8]:
