@@ -201,15 +201,30 @@ def test_an_offer_that_comes_when_nobody_wants_it_any_more_ends(pair, blocks):
     pair.until(lambda: pair.free(id))
     pair.source.offer(Offer(id=id, blocks=[1], ready=False))
     pair.until(lambda: pair.free(id, Side.SOURCE))
-    assert pair.ended(id, Side.SOURCE).error
+    # Nothing to send was what there was to send.
+    assert bool(pair.ended(id, Side.SOURCE).error) == bool(blocks)
 
 
-def test_a_fetch_of_nothing_lets_the_offer_go(pair):
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_fetch_of_nothing_lets_the_offer_go_as_one_that_went_well(pair, early, ready):
     id = TransferId.fresh("r")
-    pair.source.offer(Offer(id=id, blocks=[1]))
-    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[]))
-    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    offer = Offer(id=id, blocks=[1], ready=ready)
+    if not early:
+        pair.source.offer(offer)
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[], early=early, first=1))
+    pair.until(lambda: pair.free(id))
+    for _ in range(50 * early):  # the request gets there
+        pair.poll()
+        pair.world.wait()
+    if early:
+        pair.source.offer(offer)
+    pair.until(lambda: pair.free(id, Side.SOURCE))
+    pair.source.ready(id, 0)  # too late, and harmless
     assert pair.ended(id).error is None
+    assert pair.ended(id, Side.SOURCE).error is None
+    assert not pair.source.counts.get("failed")
+    assert not pair.ours.any()
 
 
 def test_a_lapsed_offer_is_refused_and_never_read(pair):

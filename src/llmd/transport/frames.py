@@ -42,8 +42,9 @@ class Kind(enum.IntEnum):
     HELLO = 1
     """Text is the sender's address."""
     ASK = 2
-    """Write to blocks *values*, from offered block *start* on; *layer* is 1 if
-    the offer may come later, *attempt* is unused; text is the time left in ms."""
+    """Write to blocks *values*, from offered block *start* on; none if all are there
+    already.  *layer* is 1 if the offer may come later, *attempt* is unused; text is
+    the time left in ms."""
     DATA = 3
     """*blocks* blocks from *start* of each of *layers* layers from *layer* are
     written; values are their checksums, layer by layer."""

@@ -77,7 +77,7 @@ class Outgoing:
     def ask(self, peer: PeerId, frame: Frame, piece_blocks: int) -> str | None:
         """Take in what the peer wants; return why it cannot be, if so."""
         wanted = len(frame.values)
-        if not 0 < wanted <= len(self.offer.blocks) - frame.start:
+        if wanted > len(self.offer.blocks) - frame.start:
             return (
                 f"{wanted} blocks from {frame.start} on, {len(self.offer.blocks)} are"
             )
@@ -85,6 +85,8 @@ class Outgoing:
         self._target = frame.values.astype(np.int32)
         self._left = np.ones((self.layers, wanted), dtype=np.bool_)
         self._missing = self.layers * wanted
+        if not wanted:
+            return None
         if self.offer.ready:
             self._cut(0, self.layers, piece_blocks)
         for layer in sorted(self._ready):

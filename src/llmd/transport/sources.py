@@ -83,6 +83,7 @@ class Sources:
             if why_not is not None:
                 self._refuse(peer, frame.id, why_not)
             self._note(outgoing)
+            self._settle(outgoing, now)
         elif outgoing.peer != peer:
             self._refuse(peer, frame.id, "fetched by another peer")
 

@@ -111,13 +111,6 @@ class Targets:
         self.taken |= blocks
         incoming = Incoming(fetch, self.layers, now + fetch.timeout_s)
         self.fetches[fetch.id] = incoming
-        if not blocks:
-            self.outbox.send(
-                fetch.peer, about(Kind.ABORT, fetch.id, "nothing is needed")
-            )
-            self._ended(incoming, now)
-            self._free(incoming, now)
-            return
         ask = Frame(
             Kind.ASK,
             fetch.id,
@@ -127,6 +120,9 @@ class Targets:
             text=str(int(1e3 * fetch.timeout_s)).encode(),
         )
         self.outbox.send(fetch.peer, ask)
+        if not blocks:
+            self._ended(incoming, now)
+            self._free(incoming, now)
 
     def data(self, peer: PeerId, frame: Frame, now: float) -> bool:
         """Check blocks that arrived; return whether that made a fetch whole."""
