@@ -30,8 +30,8 @@ class Prompt:
     ) -> None:
         if tokens < 1:
             raise EmptyPrompt("a prompt needs at least one token")
-        self.ids = ids
-        self.tokens = tokens
+        self.ids: Tokens | None = ids
+        self.tokens: int = tokens
         self._hasher = hasher
         self._names: dict[int, Hashes] = {}
 

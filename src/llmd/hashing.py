@@ -60,7 +60,7 @@ class Hasher:
     """
 
     def __init__(self, key: bytes | None = None) -> None:
-        self.key = secrets.token_bytes(16) if key is None else key
+        self.key: bytes = secrets.token_bytes(16) if key is None else key
         self._coefficients: Tokens = np.empty(0, dtype=np.uint64)
         # A view is opened faster than an array is.
         self._view = self._coefficients.data

@@ -53,7 +53,7 @@ class SegmentPrompt(Prompt):
     __slots__ = ("segments",)
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = tuple(segments)
+        self.segments: tuple[Segment, ...] = tuple(segments)
         super().__init__(None, sum([tokens for _, tokens in self.segments]))
 
     def hashes(self, block_tokens: int) -> Hashes:

@@ -21,6 +21,7 @@ import mmap
 import os
 import secrets
 import weakref
+from collections.abc import Callable
 
 import attrs
 import numpy as np
@@ -159,6 +160,7 @@ def copy_in_python(
         ctypes.memmove(at, source + come * block_bytes, block_bytes)
 
 
+copy_blocks: Callable[[int, int, Blocks, Blocks, int, int], None]
 copy_blocks = copy_in_python if loops is None else loops.copy_blocks
 
 
