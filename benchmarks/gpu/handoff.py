@@ -1,6 +1,6 @@
 """Measure a P/D hand-off between two vLLM engines of one GPU, over llmd's transport.
 
-    PYTHONPATH=src python benchmarks/gpu/handoff.py [--connector NixlConnector]
+    PYTHONPATH=src python benchmarks/gpu/handoff.py [--connector NAME] [--through-host]
 
 A 7B shape (Qwen2.5) with random weights.  For each length: prefill on one engine,
 then the same prompt on the other with the KV handed over, then once more on the
@@ -53,7 +53,7 @@ def model_directory():
     return directory
 
 
-def start(role, port, connector, staging_bytes, checksums):
+def start(role, port, connector, staging_bytes, checksums, through_host=False):
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -63,7 +63,10 @@ def start(role, port, connector, staging_bytes, checksums):
         from llmd.adapters.vllm.connector_config import transfer_config
 
         config = transfer_config(
-            role=role, staging_bytes=staging_bytes, checksums=checksums
+            role=role,
+            staging_bytes=staging_bytes,
+            checksums=checksums,
+            through_host=through_host,
         )
     else:
         config = {"kv_connector": connector, "kv_role": "kv_both"}
@@ -136,7 +139,14 @@ async def measure(options):
     staging = int(options.staging_gb * (1 << 30))
     begun = time.perf_counter()
     engines = [
-        start(role, port, options.connector, staging, not options.unchecked)
+        start(
+            role,
+            port,
+            options.connector,
+            staging,
+            not options.unchecked,
+            options.through_host,
+        )
         for role, port in (("kv_producer", 5700), ("kv_consumer", 5800))
     ]
     print("engines up after", round(time.perf_counter() - begun, 1), "s", flush=True)
@@ -178,6 +188,7 @@ def main():
     parser.add_argument("--connector", default="LlmdConnector")
     parser.add_argument("--staging-gb", type=float, default=4.0)
     parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--through-host", action="store_true")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     set_environment()
