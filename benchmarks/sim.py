@@ -14,6 +14,7 @@ import argparse
 import csv
 import functools
 import itertools
+import math
 import os
 import statistics
 import tempfile
@@ -356,20 +357,26 @@ def ladder(rates: list[int], gauges_s: float, seeds: int) -> None:
         print(f"| {policy} | {SATURATED} to 60, mean | {mean} |", flush=True)
         speeds[policy] = np.array(there)
     for one, other in itertools.combinations(SCORERS, 2):
-        print(f"{one}, {other}: {order(speeds[one] > speeds[other])}")
+        print(f"{one}, {other}: {order(speeds[one], speeds[other])}")
 
 
-def order(ahead: NDArray[np.bool_]) -> str:
-    """Say at how many rates ladders have two policies in the same order.
+def order(one: Floats, other: Floats) -> str:
+    """Say how far policies were measured apart, and where ladders order them alike.
 
     Args:
-        ahead: Whether one is, shape (rates, ladders); the first was measured.
+        one: Output tokens a second, shape (rates, ladders); the first was measured.
+        other: The same of another policy.
     """
-    rates = len(ahead)
+    ahead, rates = one > other, len(one)
+    apart = np.log(one[:, 0] / other[:, 0])
+    error = apart.std(ddof=1) / math.sqrt(rates)
     alike = (ahead[:, :, None] == ahead[:, None, :]).sum(axis=0)
     others = alike[1:, 1:][np.triu_indices(len(alike) - 1, 1)]
     between = f", simulated ones alike at {others.tolist()}" if len(others) else ""
-    return f"as measured at {alike[0, 1:].tolist()} of {rates} rates{between}"
+    measured = f"{100 * apart.mean():+.1f} +- {100 * error:.1f} % apart"
+    return (
+        f"{measured}; as measured at {alike[0, 1:].tolist()} of {rates} rates{between}"
+    )
 
 
 def compared(speed: float, wanted: float) -> str:

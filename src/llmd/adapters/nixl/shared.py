@@ -187,6 +187,7 @@ def _expect(path: str, name: str) -> None:
 
 def _mapped(descriptor: int, length: int) -> NDArray[np.uint8]:
     memory = mmap.mmap(descriptor, length)
+    # Where Linux is asked for large pages, fewer have to be found one by one.
     with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
