@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import statistics
 import time
@@ -19,6 +20,8 @@ from llmd.machines.fit import Step
 
 _JOINING = 3
 """Prompts, one after the other, whose steps are told apart by their sum only."""
+_WEIGHT = 4
+"""Steps that many were averaged for count as so many."""
 
 
 class Asked(llmd.Router):
@@ -26,6 +29,31 @@ class Asked(llmd.Router):
 
     def cost(self, request: llmd.Request, view: llmd.View) -> np.ndarray:
         return np.array([float(id != request.session) for id in view.workers.ids])
+
+
+@attrs.frozen
+class First:
+    """When a prompt was asked, computed and answered.
+
+    All by one clock: an engine's own is this one, on Linux.
+    """
+
+    asked: float
+    scheduled: float
+    stamp: float
+    came: float
+
+    @property
+    def computed_s(self) -> float:
+        return self.stamp - self.scheduled
+
+    @property
+    def waited_s(self) -> float:
+        return self.came - self.asked
+
+    @property
+    def late_s(self) -> float:
+        return self.came - self.stamp
 
 
 @attrs.define
@@ -42,6 +70,10 @@ class Prober:
         steps: What its steps took.
         rests: Of prompts: tokens, and the seconds of its time to first token in
             which the engine did not compute it.
+        launches: Of steps without a prompt: requests, and for how many seconds
+            such a step keeps the host busy.
+        late: Of prompts: requests that generate meanwhile, and seconds between the
+            engine's stamp of the first token and that token.
     """
 
     server: Server
@@ -50,6 +82,8 @@ class Prober:
     ahead: bool
     steps: list[Step] = attrs.field(factory=list)
     rests: list[tuple[int, float]] = attrs.field(factory=list)
+    launches: list[tuple[int, float]] = attrs.field(factory=list)
+    late: list[tuple[int, float]] = attrs.field(factory=list)
     _count: Any = attrs.field(factory=itertools.count, init=False)
     _drawn_heads: list[list[int]] = attrs.field(factory=list, init=False)
     _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
@@ -64,7 +98,6 @@ class Prober:
             (head,) = await self._heads(1, context)
             for tokens in site.prompts:
                 await self.prefill(tokens, head)
-        await self._chunks(4)
         for context in (32, *site.contexts[1:]):
             for requests in site.batches:
                 if requests * context <= site.cached:
@@ -72,14 +105,25 @@ class Prober:
         some = site.joining, site.batches[2:5:2], (False, True)
         for tokens, requests, cached in itertools.product(*some):
             await self._mixed(tokens, requests, site.contexts[1], cached=cached)
+        if site.shared:
+            await self._chunks(4)
+            return
+        await self._hot(24, site.batches[3])
+        for requests in site.batches[1:5]:
+            if self.ahead:
+                await self._launched(min(site.prompts), requests, site.contexts[1])
+            await self._crowded(min(site.prompts), requests)
 
     async def prefill(self, tokens: int, head: list[int]) -> None:
         """Ask an idle engine twice, behind a *head* that is cached."""
         for _ in range(2):
             own = self._drawn(tokens)
-            computed, waited = await self._first([*head, *own])
-            self.steps.append(Step(len(own), len(head), 0, 0, computed))
-            self.rests.append((len(head) + len(own), waited - computed))
+            if tokens > self.site.step_tokens // 4:
+                await asyncio.sleep(self.site.rest_s)
+            first = await self._first([*head, *own])
+            self.steps.append(Step(len(own), len(head), 0, 0, first.computed_s))
+            rest = first.waited_s - first.computed_s
+            self.rests.append((len(head) + len(own), rest))
 
     async def _heads(self, requests: int, context: int) -> list[list[int]]:
         """Return that many heads of prompts, all different, that are cached.
@@ -96,10 +140,23 @@ class Prober:
     async def _chunks(self, count: int) -> None:
         """Time full steps of one prompt: the next is made ready during each."""
         size = self.site.step_tokens
-        last = [(await self._first(self._tokens(size)))[0] for _ in range(3)]
-        long = [(await self._first(self._tokens(size * count)))[0] for _ in range(3)]
-        seconds = statistics.median(long) - statistics.median(last)
+        last = [await self._first(self._tokens(size)) for _ in range(3)]
+        long = [await self._first(self._tokens(size * count)) for _ in range(3)]
+        seconds = statistics.median(first.computed_s for first in long)
+        seconds -= statistics.median(first.computed_s for first in last)
         self.steps.append(Step(size, size * count / 2, 0, 0, seconds / (count - 1)))
+
+    async def _hot(self, count: int, requests: int) -> None:
+        """Time full steps, a prompt beside *requests* each, of a GPU without rest."""
+        context = self.site.contexts[1]
+        size = self.site.step_tokens - requests
+        prompts = [self._tokens(size) for _ in range(count)]
+        heads = await self._heads(requests, context)
+        found, _ = await self._joined(heads, [prompts], self._told, 0.0)
+        at = sorted(first.stamp for first in found)[count // 3 :]
+        seconds = statistics.median(np.diff(at).tolist())
+        tokens = requests * (context + self.site.answer // 2 + count / 2)
+        self.steps += [Step(size, 0, requests, tokens, seconds, True, 1.0)] * _WEIGHT
 
     async def decode(self, requests: int, context: int) -> None:
         """Let *requests* generate together and take the gaps while all do."""
@@ -131,41 +188,110 @@ class Prober:
         the step, but what all of them together took longer for some prompts, one
         after the other, is that of those prompts.
         """
-        before, count = self.site.answer // 2, _JOINING if self.ahead else 1
+        count = _JOINING if self.ahead else 1
         drawn = [self._drawn(tokens) for _ in range(count)]
         heads = await self._heads(requests, context)
         ahead = heads[0] if cached else []
-        running: list[list[float]] = [[] for _ in range(requests)]
+        joined = [[[*ahead, *own]] for own in drawn]
+        found, running = await self._joined(heads, joined, self._told, self.site.rest_s)
+        step = statistics.median(first.computed_s for first in found)
+        if self.ahead:
+            # With rests between them each can be told apart.
+            spans = [(first.asked, first.came, 1) for first in found]
+            if not self.site.rest_s:
+                spans = [(found[0].asked, found[-1].came, count)]
+            took = [longer(times, *span) for times in running for span in spans]
+            step = statistics.median(took)
+        at = requests * (context + self.site.answer // 2 + 1.0)
+        size = statistics.mean(map(len, drawn))
+        ready = self.ahead and not self.site.shared
+        self.steps.append(Step(size, len(ahead), requests, at, step, ready))
 
-        async def joins() -> tuple[float, float, float]:
-            while min(map(len, running)) < before:  # noqa: ASYNC110
+    async def _launched(self, tokens: int, requests: int, context: int) -> None:
+        """Let short prompts join *requests*, which wait for the host to launch them.
+
+        The longest gap is that launch; while the prompt is computed the next step
+        is launched, which has none: the gap behind it.
+        """
+        heads, launched = await self._heads(requests, context), []
+        for head in ([], heads[0]):
+            drawn = [self._tokens(tokens) for _ in range(2 * _JOINING)]
+            prompts = [[[*head, *own]] for own in drawn]
+            found, running = await self._joined(heads, prompts, self._told, 0.05)
+            gaps = [
+                launch(times, first.asked, first.came)
+                for first in found
+                for times in running[:8]
+            ]
+            long, short = (
+                statistics.mean(column) for column in zip(*gaps, strict=True)
+            )
+            launched.append(short)
+            self.steps += [Step(tokens, len(head), 0, 0, long)] * _WEIGHT
+        self.launches.append((requests, statistics.mean(launched)))
+
+    async def _crowded(self, tokens: int, requests: int) -> None:
+        """See how late a first token is that comes with those of *requests*.
+
+        The process that hands tokens out has to do so for all of them.
+        """
+        drawn = [[self._drawn(tokens)] for _ in range(2 * _JOINING)]
+        heads = await self._heads(requests, 32)
+        found, _ = await self._joined(heads, drawn, self._told_served, 0.05)
+        self.late += [(requests, first.late_s) for first in found]
+
+    async def _joined(
+        self,
+        heads: list[list[int]],
+        crowds: list[list[list[int]]],
+        told: Any,
+        rest_s: float,
+    ) -> tuple[list[First], list[list[float]]]:
+        """Let *crowds* of prompts, one after the other, join others with *heads*.
+
+        Returns:
+            What came of each prompt, and when the tokens of the others came.
+        """
+        site, over = self.site, asyncio.Event()
+        running: list[list[float]] = [[] for _ in heads]
+        new = (2 if site.shared else 40) * site.answer
+
+        async def joins() -> list[First]:
+            while min(map(len, running)) < site.answer // 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
-            asked = time.monotonic()
-            computed = [(await self._first([*ahead, *own]))[0] for own in drawn]
-            return statistics.median(computed), asked, time.monotonic()
+            found: list[First] = []
+            for crowd in crowds:
+                await asyncio.sleep(rest_s)
+                found += await asyncio.gather(*map(self._first, crowd))
+            if not site.shared:
+                await asyncio.sleep(0.05)
+                over.set()
+            return found
 
-        new = 2 * self.site.answer
-        (step, *span), *_ = await asyncio.gather(
+        found, *_ = await asyncio.gather(
             joins(),
             *(
-                self._told([*head, *self._tokens(1)], new, times)
+                told([*head, *self._tokens(1)], new, times, over)
                 for head, times in zip(heads, running, strict=True)
             ),
         )
-        if self.ahead:
-            step = statistics.median([longer(times, *span, count) for times in running])
-        at = requests * (context + before + 1.0)
-        size = statistics.mean(map(len, drawn))
-        self.steps.append(Step(size, len(ahead), requests, at, step))
+        return found, running
 
     async def _told(
-        self, tokens: list[int], new: int, times: list[float]
+        self,
+        tokens: list[int],
+        new: int,
+        times: list[float],
+        over: asyncio.Event | None = None,
     ) -> list[float]:
-        """Note in *times* when each token of an answer came."""
+        """Note in *times* when each token of an answer came, until it is *over*."""
         stream = self._served if self.site.shared else self._direct
-        async for count in stream(tokens, new):
-            times += [time.monotonic()] * count
-        return times
+        return await _noted(stream(tokens, new), times, over)
+
+    async def _told_served(
+        self, tokens: list[int], new: int, times: list[float], over: asyncio.Event
+    ) -> list[float]:
+        return await _noted(self._served(tokens, new), times, over)
 
     async def _served(self, tokens: list[int], new: int) -> AsyncIterator[int]:
         request = llmd.Request(
@@ -182,18 +308,13 @@ class Prober:
         async for piece in self._ask(tokens, new):
             yield len(piece.outputs[0].token_ids)
 
-    async def _first(self, tokens: list[int]) -> tuple[float, float]:
-        """Return the seconds to compute a prompt, and to the first token.
-
-        The engine's stamps tell the former, which only vLLM's own client is told.
-        """
+    async def _first(self, tokens: list[int]) -> First:
+        """Ask for one token; the engine's stamps only vLLM's own client is told."""
         begun = time.monotonic()
         async for piece in self._ask(tokens, 1):
             if piece.outputs[0].token_ids:
-                waited = time.monotonic() - begun
-                # By the engine's own clock, which on Linux is this one.
-                said = piece.metrics
-                return said.first_token_ts - said.scheduled_ts, waited
+                came, said = time.monotonic(), piece.metrics
+                return First(begun, said.scheduled_ts, said.first_token_ts, came)
         raise RuntimeError("no token came")
 
     def _ask(self, tokens: list[int], new: int) -> AsyncIterator[Any]:
@@ -225,6 +346,17 @@ class Prober:
         return tokens
 
 
+async def _noted(
+    pieces: AsyncIterator[int], times: list[float], over: asyncio.Event | None
+) -> list[float]:
+    async with contextlib.aclosing(pieces) as stream:  # type: ignore[type-var]
+        async for count in stream:
+            times += [time.monotonic()] * count
+            if over is not None and over.is_set():
+                break
+    return times
+
+
 def longer(times: Sequence[float], asked: float, came: float, steps: int) -> float:
     """Return what each of *steps* took that were not like the others.
 
@@ -232,14 +364,24 @@ def longer(times: Sequence[float], asked: float, came: float, steps: int) -> flo
     """
     first = int(np.searchsorted(times, asked)) - 1
     last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
-    usual = (times[first] - times[4]) / (first - 4)
+    before = max(first - 20, 4)
+    usual = (times[first] - times[before]) / (first - before)
     return (times[last] - times[first] - usual * (last - first - steps)) / steps
 
 
-def intake(rests: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return seconds, and seconds a token, that fit *rests* best (Theil and Sen)."""
-    tokens, seconds = np.array(rests, dtype=np.float64).T
-    apart = np.subtract.outer(tokens, tokens)
-    slopes = np.subtract.outer(seconds, seconds)[apart > 0] / apart[apart > 0]
+def launch(times: Sequence[float], asked: float, came: float) -> tuple[float, float]:
+    """Return the longest gap of tokens between *asked* and *came*, and the next."""
+    first = int(np.searchsorted(times, asked)) - 1
+    last = int(np.searchsorted(times, came)) + 2
+    gaps = np.diff(times[first : last + 1])
+    longest = int(gaps[:-1].argmax())
+    return float(gaps[longest]), float(gaps[longest + 1])
+
+
+def line(pairs: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return a line's value at 0 and its slope, neither below 0 (Theil and Sen)."""
+    x, y = np.array(pairs, dtype=np.float64).T
+    apart = np.subtract.outer(x, x)
+    slopes = np.subtract.outer(y, y)[apart > 0] / apart[apart > 0]
     slope = max(float(np.median(slopes)), 0.0)
-    return max(float(np.median(seconds - slope * tokens)), 0.0), slope
+    return max(float(np.median(y - slope * x)), 0.0), slope

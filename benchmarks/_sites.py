@@ -18,6 +18,7 @@ class Site:
         options: Of each engine.
         step_tokens: Most tokens a step computes.
         shared: The client shares cores with the engines.
+        rest_s: Before each prompt of the probe, for what computes it to cool.
         prompts: Lengths to probe, in one step each.
         joining: Lengths to probe beside requests that generate.
         contexts: Cached tokens ahead of them.
@@ -32,6 +33,7 @@ class Site:
     options: dict[str, Any]
     step_tokens: int
     shared: bool
+    rest_s: float
     prompts: tuple[int, ...]
     joining: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -116,6 +118,7 @@ CPU = Site(
     },
     step_tokens=512,
     shared=True,
+    rest_s=0.0,
     prompts=(16, 48, 128, 256, 384, 500),
     joining=(16, 128, 384),
     contexts=(0, 512, 1536),
@@ -142,8 +145,10 @@ GPU = Site(
     },
     step_tokens=2048,
     shared=False,
+    rest_s=0.15,
     prompts=(64, 256, 512, 1024, 1536, 2000),
-    joining=(64, 256, 512, 1024, 1536, 2000),
+    # Shorter ones the host has not launched when the step before has ended.
+    joining=(1024, 1536, 2000),
     contexts=(0, 2048, 8192),
     cached=140_000,
     batches=(1, 4, 16, 32, 64, 128),

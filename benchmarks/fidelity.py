@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py [--engines 2] [--seconds 20] [--json PATH]
     python benchmarks/fidelity.py --gpu [--json PATH]
+    python benchmarks/fidelity.py [--gpu] --again PATH [--probe PATH]
     python benchmarks/fidelity.py --watch 120
 
 Engines with random weights are probed for some 30 s: prompts, cached prompts and
@@ -9,7 +10,8 @@ batches of all sizes.  `fit_from_probe` makes step times of that, and what is le
 of the times to first token is the settings' intake.  A workload at 30, 60 and 85 %
 of what the modelled fleet keeps up with is then sent to the engines by
 `LoadGenerator`, and simulated with the same router on the same requests.  Nothing
-is fitted to these.  So with each of four workloads.
+is fitted to these.  So with each of four workloads.  `--again` simulates anew what
+`--json` kept, with its own probe or that of another run, and needs no engine.
 
 On CPUs a model of four layers, one core an engine; with `--gpu` one engine of the
 shape of Qwen2.5-7B.
@@ -23,7 +25,6 @@ import contextlib
 import gc
 import itertools
 import json
-import math
 import os
 import tempfile
 import time
@@ -31,74 +32,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
-from _engine_probe import Asked, Prober, intake
+from _engine_probe import Asked, Prober
+from _modelled import Fleet, again, figures, kept, summed, told
 from _sites import CPU, GPU, Site
 
 import llmd
 from llmd.adapters.vllm.engine import VllmEngine
 from llmd.live import Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
-from llmd.machines import Machine
-from llmd.machines.fit import errors, fit_from_probe
-from llmd.sim import EngineSettings, Report, Workload, simulate
+from llmd.sim import EngineSettings
 
 NAMES = ("dialogue", "documents", "batch", "shared_prefix")
 LOADS = (0.3, 0.6, 0.85)
-WITHIN = {"tpot": 0.10, "e2e": 0.10, "ttft_p50": 0.15, "ttft_p99": 0.30}
-
-
-def figures(report: Report) -> dict[str, float]:
-    """Return what is compared."""
-    return {
-        "tpot": float(np.nanmean(report.tpots)),
-        "e2e": float(np.nanmean(report.e2es)),
-        "ttft_p50": report.ttft(50),
-        "ttft_p99": report.ttft(99),
-        "hit_rate": report.hit_rate,
-        "completed": float(report.completed),
-    }
-
-
-def saturation(site: Site, name: str, fleet: Fleet) -> float:
-    """Return the requests a second that the modelled fleet answers at most.
-
-    What it answers of a crowd is a first guess.  Caches fill and are fought for
-    only as time goes on: then it is sent twice as much for a while.
-    """
-    rate = math.inf
-    for requests in (60 * len(fleet.workers), 300):
-        load = site.workload(name, 1.0, requests)
-        # Followers wait for their turn and think: take their place in the flood.
-        alone = [
-            attrs.evolve(job, follows="", think_s=0.0, at=number / (2 * rate))
-            for number, job in enumerate(load.jobs)
-        ]
-        report = fleet.simulate(attrs.evolve(load, jobs=alone))
-        rate = requests / report.span_s
-    return rate
-
-
-@attrs.define
-class Fleet:
-    """The engines' facts, and the machines and settings that were fitted to them."""
-
-    workers: list[llmd.Worker]
-    machines: dict[str, Machine]
-    settings: EngineSettings
-
-    def router(self) -> llmd.Router:
-        return llmd.LeastDelay(machines=self.machines)
-
-    def simulate(self, workload: Workload) -> Report:
-        return simulate(
-            self.router(),
-            workload,
-            workers=self.workers,
-            machines=self.machines,
-            settings=self.settings,
-        )
 
 
 @contextlib.asynccontextmanager
@@ -141,57 +87,22 @@ async def measure(
             # At once, as they share a host and slow each other down.
             await asyncio.gather(*(prober.run() for prober in probers))
             probed_s = time.perf_counter() - begun
-            fleet, probe = _fitted(server, made[0], probers)
-            probe["probe_s"] = probed_s
-            print(f"probed {probed_s:.0f} s", flush=True)
-            found.append(probe)
+            found.append(probe := _kept(server, made[0], probers))
+            fleet = Fleet.of(probe)
+            print(f"{fleet.fit}; probed {probed_s:.0f} s", flush=True)
+            probe |= {"probe_s": probed_s, "rows": []}
             async for row in _grid(server, site, fleet, seconds, [*same]):
                 probe["rows"].append(row)
                 keep(found)
 
 
-def _fitted(
+def _kept(
     server: Server, engine: VllmEngine, probers: Sequence[Prober]
-) -> tuple[Fleet, dict[str, Any]]:
-    """Return the fleet as the probe says it is, and that in figures.
-
-    Engines that are alike need not be as fast: one may share its core.
-    """
-    facts = [*server.cluster.view.workers.facts]
-    start = Machine(graph_tokens=_graph_tokens(engine))
-    machines = {
-        worker.machine: fit_from_probe(prober.steps, start)
-        for worker, prober in zip(facts, probers, strict=True)
-    }
-    fits = [
-        errors(machine, prober.steps)
-        for machine, prober in zip(machines.values(), probers, strict=True)
-    ]
-    rests = [rest for prober in probers for rest in prober.rests]
-    base, each = intake(rests)
-    print(
-        *fits, f"intake: {base * 1e3:.1f} ms and {each * 1e6:.2f} us a token", sep="; "
-    )
-    settings = EngineSettings(
-        step_tokens=engine._llm.vllm_config.scheduler_config.max_num_batched_tokens,
-        steps_ahead=int(_ahead(engine)),
-        intake_s=base,
-        intake_s_per_token=each,
-    )
-    found: dict[str, Any] = {
-        "fits": [attrs.asdict(fit) for fit in fits],
-        "machines": [_figures(machine) for machine in machines.values()],
-        "steps": [[attrs.astuple(s) for s in prober.steps] for prober in probers],
-        "intake": [base, each],
-        "rests": rests,
-        "rows": [],
-    }
-    return Fleet(facts, machines, settings), found
-
-
-def _figures(machine: Machine) -> dict[str, float]:
-    kept = attrs.asdict(machine).items()
-    return {name: value for name, value in kept if isinstance(value, float)}
+) -> dict[str, Any]:
+    budget = engine._llm.vllm_config.scheduler_config.max_num_batched_tokens
+    settings = EngineSettings(step_tokens=budget, steps_ahead=int(_ahead(engine)))
+    facts = server.cluster.view.workers.facts
+    return kept(facts, probers, settings, _graph_tokens(engine))
 
 
 async def watch(site: Site, engines: int, seconds: float) -> None:
@@ -232,7 +143,7 @@ async def _grid(
     cells: Sequence[tuple[str, float]],
 ) -> AsyncIterator[dict[str, Any]]:
     for name, load in cells:
-        rate = load * saturation(site, name, fleet)
+        rate = load * fleet.saturation(site, name)
         workload = site.workload(name, rate, max(int(rate * seconds), site.requests))
         await _clear(server)
         server.cluster.router = fleet.router()
@@ -250,7 +161,7 @@ async def _grid(
             print(f"{name} {load:.0%}: {lag}", flush=True)
         else:
             row["sim"] = figures(fleet.simulate(workload))
-            _print(row)
+            print(told(row), flush=True)
         yield row
 
 
@@ -295,18 +206,6 @@ def _graph_tokens(engine: VllmEngine) -> float:
     return float(config.max_cudagraph_capture_size) if graphs else 0.0
 
 
-def _print(row: dict[str, Any]) -> None:
-    live, sim = row["live"], row["sim"]
-    parts = [f"{row['workload']:14} {row['load']:.0%}"]
-    parts += [
-        f"{name} {live[name] * 1e3:.1f}/{sim[name] * 1e3:.1f} ms"
-        f" ({sim[name] / live[name] - 1:+.0%})"
-        for name in WITHIN
-    ]
-    parts.append(f"hits {live['hit_rate']:.3f}/{sim['hit_rate']:.3f}")
-    print("  ".join(parts), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true")
@@ -315,6 +214,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--watch", type=float, metavar="SECONDS")
     parser.add_argument("--cells", nargs="*", metavar="WORKLOAD:LOAD")
+    parser.add_argument("--again", type=Path, metavar="JSON")
+    parser.add_argument("--probe", type=Path, metavar="JSON")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -326,6 +227,13 @@ def main() -> None:
     if options.cells:
         split = [cell.split(":") for cell in options.cells]
         cells = [(name, float(load)) for name, load in split]
+
+    if options.again:
+        measured = json.loads(options.again.read_text())
+        other = json.loads(options.probe.read_text()) if options.probe else []
+        rows = again(site, measured, other)
+        print(*map(told, rows), summed(rows), sep="\n")
+        return
 
     def keep(found: list[dict[str, Any]]) -> None:
         if options.json:

@@ -33,14 +33,22 @@ def test_several_prompts_are_told_by_their_sum():
     assert found == pytest.approx(0.030)
 
 
-def test_intake_is_a_line_and_a_few_late_ones_do_not_bend_it():
+def test_a_launch_is_the_longest_gap_and_the_next():
+    """Decoding at 5 ms; 11 to launch a prompt, 3 for the step behind it."""
+    gaps = [0.005] * 20 + [0.011, 0.003, 0.0045] + [0.005] * 20
+    times = list(itertools.accumulate(gaps))
+    found = _engine_probe.launch(times, times[18] + 0.002, times[21])
+    assert found == pytest.approx((0.011, 0.003))
+
+
+def test_a_line_is_not_bent_by_a_few_late_ones():
     rests = [(tokens, 2e-3 + 3e-7 * tokens) for tokens in range(100, 9000, 300)]
     rests[3], rests[20] = (rests[3][0], 0.5), (rests[20][0], 0.2)
-    base, each = _engine_probe.intake(rests)
+    base, each = _engine_probe.line(rests)
     assert base == pytest.approx(2e-3)
     assert each == pytest.approx(3e-7)
 
 
 def test_an_intake_that_seems_to_fall_with_tokens_is_a_constant():
-    base, each = _engine_probe.intake([(10, 2e-3), (500, 1.5e-3), (1000, 1e-3)])
+    base, each = _engine_probe.line([(10, 2e-3), (500, 1.5e-3), (1000, 1e-3)])
     assert (base, each) == (pytest.approx(1.5e-3), 0.0)

@@ -76,6 +76,42 @@ def test_a_fit_finds_the_machine_that_made_the_probe(graph_tokens):
     )
 
 
+def test_a_fit_tells_the_host_from_a_gpu_that_is_hot():
+    made = attrs.evolve(
+        Machine.of(H200, LLAMA31_8B), prefill_floor_s=12e-3, hot_slowdown=0.15
+    )
+    sizes = [
+        *((tokens, 0, 0, 0, False, 0.0) for tokens in (16, 64, 512, 1024, 2048)),
+        *((0, 0, n, n * c) for n in (1, 16, 256) for c in (100, 4000)),
+        *((tokens, 0, 32, 32_000, True, 0.0) for tokens in (1024, 2000)),
+        (2000, 0, 32, 32_000, True, 1.0),
+    ]
+    steps = [Step(*size[:4], made.step_s(*size), *size[4:]) for size in sizes]
+    fitted = fit_from_probe(steps, Machine(host_s=3e-3))
+    assert errors(fitted, steps).worst < 0.001
+    assert fitted.hot_slowdown == pytest.approx(0.15, rel=0.01)
+    assert fitted.prefill_floor_s == pytest.approx(12e-3, rel=0.01)
+    assert fitted.host_s == 3e-3
+
+
+def test_a_probe_of_a_gpu_at_rest_does_not_say_how_hot_it_gets():
+    steps = [Step(tokens, 0, 0, 0, tokens * 1e-4) for tokens in (100, 1000, 9000)]
+    assert fit_from_probe(steps).hot_slowdown == 0.0
+    start = Machine(hot_slowdown=0.1)
+    assert fit_from_probe(steps, start).hot_slowdown == 0.1
+
+
+def test_a_step_that_was_made_ready_costs_the_gpu_alone():
+    machine = Machine(host_s=3e-3)
+    ready = machine.step_s(64, 8000, 16, 16_000, True)
+    at_rest = machine.step_s(64, 8000, 16, 16_000)
+    assert ready < machine.prefill_floor_s < at_rest
+    assert ready > machine.decode_s(16, 16_000)
+    hot = attrs.evolve(machine, hot_slowdown=0.1)
+    assert hot.step_s(2000, 0, 0, 0, False, 0.5) > machine.step_s(2000, 0, 0, 0)
+    assert hot.decode_s(16, 16_000) == machine.decode_s(16, 16_000)
+
+
 def test_what_a_probe_cannot_tell_stays():
     prompts = [Step(tokens, 0, 0, 0, tokens * 1e-4) for tokens in (100, 1000, 9000)]
     fitted = fit_from_probe(prompts)
@@ -84,7 +120,13 @@ def test_what_a_probe_cannot_tell_stays():
 
 
 @pytest.mark.parametrize(
-    "steps", [[], [Step(1, 0, 0, 0, 0.0)], [Step(-1, 0, 0, 0, 1.0)]]
+    "steps",
+    [
+        [],
+        [Step(1, 0, 0, 0, 0.0)],
+        [Step(-1, 0, 0, 0, 1.0)],
+        [Step(1, 0, 0, 0, 1.0, heat=1.5)],
+    ],
 )
 def test_a_bad_probe_is_refused(steps):
     with pytest.raises(InvalidHardware):

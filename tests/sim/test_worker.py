@@ -1,5 +1,6 @@
 """The model worker against an engine that takes one step at a time."""
 
+import attrs
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -13,6 +14,13 @@ from llmd.sim.scheduler import Scheduler
 from llmd.sim.sequence import Sequence
 
 MACHINE = Machine(prefill_floor_s=0.02, decode_floor_s=0.01)
+MACHINES = {
+    "GPU alone": MACHINE,
+    # The host takes as long for a prompt as the GPU for several steps.
+    "host": attrs.evolve(MACHINE, host_s=6e-3, host_s_per_request=2e-4),
+    "slow host": attrs.evolve(MACHINE, host_s=0.012),
+    "hot": attrs.evolve(MACHINE, host_s=6e-3, hot_slowdown=0.5),
+}
 
 
 class Plodding(Scheduler):
@@ -22,9 +30,9 @@ class Plodding(Scheduler):
         return min(super()._most_steps(chunks), 1)
 
 
-def make(worker=None, **settings):
+def make(worker=None, machine=MACHINE, **settings):
     worker = worker or Worker(id="w", kv_blocks=1000, block_tokens=16)
-    return ModelWorker(worker, MACHINE, EngineSettings(**settings))
+    return ModelWorker(worker, machine, EngineSettings(**settings))
 
 
 def sequence(id, tokens, output=1, text=None, **kwargs):
@@ -195,10 +203,10 @@ requests = st.lists(
 )
 
 
-def settle(plan, step_tokens, kv_blocks, places, single):
+def settle(plan, step_tokens, kv_blocks, places, single, machine=MACHINE):
     """Run *plan*; *single* forbids to advance several steps at once."""
     worker = Worker(id="w", kv_blocks=kv_blocks, block_tokens=16, max_running=places)
-    model = make(worker, step_tokens=step_tokens)
+    model = make(worker, machine, step_tokens=step_tokens)
     if single:
         model._scheduler = Plodding(worker, model.settings, model.kv)
     arrivals, aborts = [], []
@@ -209,13 +217,15 @@ def settle(plan, step_tokens, kv_blocks, places, single):
     return model, drain(model, arrivals, aborts)
 
 
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 @given(requests, st.integers(8, 100), st.integers(23, 60), st.integers(1, 5))
 @settings(deadline=None, max_examples=60)
 def test_advancing_many_steps_at_once_changes_nothing(
-    plan, step_tokens, blocks, places
+    machine, plan, step_tokens, blocks, places
 ):
-    fast, quick = settle(plan, step_tokens, blocks, places, single=False)
-    slow, steady = settle(plan, step_tokens, blocks, places, single=True)
+    size = step_tokens, blocks, places
+    fast, quick = settle(plan, *size, single=False, machine=machine)
+    slow, steady = settle(plan, *size, single=True, machine=machine)
     for kind in (e.FirstToken, e.RequestEnded):
         one, other = times(quick, kind), times(steady, kind)
         assert one.keys() == other.keys()

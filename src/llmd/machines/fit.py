@@ -20,6 +20,7 @@ PARAMETERS = (
     "prefix_s_per_token",
     "decode_s_per_request",
     "decode_s_per_context_token",
+    "hot_slowdown",
 )
 KNEES = (1.0, 1.3, 1.6, 2.0, 2.5)
 _LEAST = 1e-15
@@ -29,7 +30,7 @@ _ITERATIONS = 200
 
 @attrs.frozen
 class Step:
-    """One measured step; the arguments of `Machine.step_s` and the outcome.
+    """One measured step: what `Machine.step_s` is given, and how long it took.
 
     >>> Step(0, 0, 16, 16 * 576, 5.1e-3).seconds
     0.0051
@@ -40,6 +41,8 @@ class Step:
     decode_requests: float
     context_tokens: float
     seconds: float
+    ready: bool = False
+    heat: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -94,11 +97,15 @@ def fit_from_probe(steps: Iterable[Step], start: Machine | None = None) -> Machi
         InvalidHardware: There is no step, or one with no positive time.
     """
     table, machine = _table(steps), start or Machine()
+    if hot := bool((table[:, 6] > 0).any()):
+        machine = attrs.evolve(machine, hot_slowdown=machine.hot_slowdown or 0.05)
     begin = np.log(np.maximum(_parameters(machine), _LEAST))
     forms = [Form(knee, machine.graph_tokens) for knee in KNEES]
     fits = [(*_descend(begin, table, form), form.knee) for form in forms]
     _, best, knee = min(fits, key=lambda fit: fit[0])
     values = dict(zip(PARAMETERS, np.exp(best).tolist(), strict=True))
+    if not hot:
+        del values["hot_slowdown"]
     return attrs.evolve(machine, knee=knee, **values)
 
 
@@ -151,6 +158,8 @@ def _table(steps: Iterable[Step]) -> Floats:
     # A context may be: that of several short prompts, see `merged_context`.
     if (table[:, [0, 2, 3]] < 0).any():
         raise InvalidHardware("a step has less than no token or request")
+    if not ((table[:, 6] >= 0) & (table[:, 6] <= 1)).all():
+        raise InvalidHardware("a step's heat must be in [0, 1]")
     return table
 
 
@@ -160,15 +169,16 @@ def _parameters(machine: Machine) -> Floats:
 
 def _predict(parameters: Floats, table: Floats, form: Form) -> Floats:
     """`Machine.step_s` over a table, shape (steps,)."""
-    prompt, ahead, requests, context = table[:, :4].T
+    prompt, ahead, requests, context, _, ready, heat = table.T
     tokens, knee = prompt + requests, form.knee
     floor = np.where(tokens <= form.graph_tokens, parameters[2], parameters[0])
-    floor = np.where(prompt > 0, floor, parameters[1])
-    products = parameters[3] * tokens
+    floor = np.where((prompt > 0) & (ready == 0), floor, parameters[1])
+    slower = np.where(prompt > 0, 1 + parameters[8] * heat, 1.0)
+    products = parameters[3] * tokens * slower
     predicted: Floats = (
         (floor**knee + products**knee) ** (1 / knee)
-        + parameters[4] * prompt * (ahead + prompt / 2)
-        + parameters[5] * np.maximum(ahead, 0.0)
+        + parameters[4] * prompt * (ahead + prompt / 2) * slower
+        + parameters[5] * np.maximum(ahead, 0.0) * (ready == 0)
         + parameters[6] * requests
         + parameters[7] * context
     )

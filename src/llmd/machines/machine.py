@@ -26,6 +26,9 @@ _ANY, _FLOOR = (0.0, sys.float_info.max), (1e-15, sys.float_info.max)
 _BOUNDS = {
     "prefill_floor_s": _FLOOR,
     "decode_floor_s": _FLOOR,
+    "host_s": _ANY,
+    "host_s_per_request": _ANY,
+    "hot_slowdown": _ANY,
     "graph_tokens": (0.0, math.inf),
     "graph_floor_s": _FLOOR,
     "knee": (1.0, 20.0),
@@ -79,6 +82,11 @@ class Machine:
     that is small enough for them another: beyond, the host launches each kernel,
     however little each has to do.
 
+    Where `host_s` is given, floors of steps with prompts are the host's, who makes
+    a step ready while the one before runs, and looks at what came of that when it
+    has: `llmd.sim.pace` says what follows.  And a GPU that computes prompts all the
+    time reaches its power limit and slows down by `hot_slowdown`.
+
     The default is the shape of Qwen2.5 7B in bf16 on one H200, vLLM 0.26, CUDA
     graphs for decode only, fitted to `llmd.machines.measured`.
 
@@ -97,6 +105,11 @@ class Machine:
         decode_s_per_request: Of one more request in the batch, its token in
             the matrix products not counted.
         decode_s_per_context_token: Of reading one more token of context.
+        host_s: For which a step without a prompt keeps the host busy; 0: it is not
+            told apart, floors are as if the GPU's.
+        host_s_per_request: For which one more request in it does.
+        hot_slowdown: By which part prompts take longer on a GPU that has computed
+            nothing else for some tenths of a second.
         kv_bytes_per_token: KV of one token, all layers.
         weights_bytes: Of the model.
         hardware: What it runs on.
@@ -123,6 +136,9 @@ class Machine:
     prefix_s_per_token: float = 0.6119e-6
     decode_s_per_request: float = 5.047e-6
     decode_s_per_context_token: float = 11.97e-9
+    host_s: float = 0.0
+    host_s_per_request: float = 0.0
+    hot_slowdown: float = 0.0
     kv_bytes_per_token: float = QWEN25_7B.kv_bytes_per_token
     weights_bytes: float = QWEN25_7B.weights_bytes
     hardware: Hardware = H200
@@ -208,6 +224,8 @@ class Machine:
         prefill_context: float,
         decode_requests: float,
         context_tokens: float,
+        ready: bool = False,
+        heat: float = 0.0,
     ) -> float:
         """Return the seconds of one step of a batch.
 
@@ -217,18 +235,39 @@ class Machine:
                 parts of several prompts.
             decode_requests: Requests that get one more token each.
             context_tokens: Prompt and output tokens of these requests so far.
+            ready: The host made it ready before: what that takes does not count.
+            heat: How much of the time the GPU has computed prompts lately, [0, 1].
         """
         tokens = prefill_tokens + decode_requests
-        floor = self._floor_s(tokens) if prefill_tokens else self.decode_floor_s
-        products = self.prefill_s_per_token * tokens
-        attended = prefill_tokens * (prefill_context + prefill_tokens / 2)
+        floor, slower, behind = self.decode_floor_s, 1.0, 0.0
+        if prefill_tokens:
+            slower += self.hot_slowdown * heat
+            if not ready:
+                floor = self._floor_s(tokens)
+                behind = max(prefill_context, 0.0) * self.prefix_s_per_token
+        products = self.prefill_s_per_token * tokens * slower
+        attended = prefill_tokens * (prefill_context + prefill_tokens / 2) * slower
         return (
             _norm(products, floor, self.knee)
             + attended * self.attention_s_per_token2
-            + max(prefill_context, 0.0) * self.prefix_s_per_token
+            + behind
             + decode_requests * self.decode_s_per_request
             + context_tokens * self.decode_s_per_context_token
         )
+
+    def busy_s(
+        self, prefill_tokens: float, prefill_context: float, decode_requests: float
+    ) -> float:
+        """Return the seconds for which a step keeps the host busy; as for `step_s`.
+
+        >>> machine = Machine(host_s=3e-3, host_s_per_request=20e-6)
+        >>> round(machine.busy_s(0, 0, 50), 6), machine.busy_s(100, 0, 50)
+        (0.004, 0.01838)
+        """
+        if not prefill_tokens:
+            return self.host_s + self.host_s_per_request * decode_requests
+        floor = self._floor_s(prefill_tokens + decode_requests)
+        return float(floor + max(prefill_context, 0.0) * self.prefix_s_per_token)
 
     def _floor_s(self, tokens: Amount) -> Amount | float:
         """Return the floor of steps with part of a prompt and *tokens* in all."""

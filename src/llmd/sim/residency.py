@@ -48,6 +48,15 @@ class Residency:
     def __attrs_post_init__(self) -> None:
         self.cache = BlockCache(self.worker.kv_blocks)
 
+    def found(self, sequence: Sequence) -> int:
+        """Count the tokens of *sequence* whose KV need not be computed."""
+        if sequence.remote:
+            return sequence.length - 1
+        size = self.worker.block_tokens
+        known = sequence.names[: (sequence.length - 1) // size]
+        reuse = self.settings.prefix_caching
+        return self.cache.held(known) * size if reuse else 0
+
     def admit(self, sequence: Sequence, spare: int) -> bool:
         """Give *sequence* blocks for its whole prompt, if there are enough.
 

@@ -33,6 +33,8 @@ class EngineSettings:
         intake_s_per_token: As many more for each token of its prompt, cached ones
             too: they are sent, decoded and hashed.  A vLLM engine in one process
             with its router took 2.5 ms and 0.3 us on the host of an H200.
+        intake_s_per_request: As many more for each request that the engine has: their
+            tokens go through the same hands.
         cold_start_s: Seconds from the wish for a worker to its joining ready.
 
     >>> EngineSettings().step_tokens
@@ -48,6 +50,7 @@ class EngineSettings:
     cpu_blocks: int = 0
     intake_s: float = 0.0
     intake_s_per_token: float = 0.0
+    intake_s_per_request: float = 0.0
     cold_start_s: float = 60.0
 
     def __attrs_post_init__(self) -> None:
@@ -60,7 +63,8 @@ class EngineSettings:
             raise InvalidRequest(f"watermark is {self.watermark}, want [0, 1)")
         if not self.cpu_blocks >= 0:
             raise InvalidRequest(f"cpu_blocks is {self.cpu_blocks}, want at least 0")
-        for name in ("intake_s", "intake_s_per_token", "cold_start_s"):
+        intake = "intake_s", "intake_s_per_token", "intake_s_per_request"
+        for name in (*intake, "cold_start_s"):
             if not 0.0 <= as_real(getattr(self, name)) < math.inf:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r}, no time")
 
@@ -123,6 +127,11 @@ class Sequence:
     def blocks(self) -> int:
         """Blocks it holds."""
         return len(self.owned) + self.nameless
+
+    @property
+    def answers(self) -> bool:
+        """Whether it generates here, behind the token that its prompt gives."""
+        return not self.prefill_only and self.output_tokens - self.generated > 1
 
     def answer_names(self, block_tokens: int) -> Hashes | None:
         """Name the full blocks of prompt and answer, if that is known."""

@@ -17,6 +17,8 @@ class Run:
         steps: How many.
         first_s: Seconds of the first.
         growth_s: Seconds by which each is longer than the one before.
+        lag_s: By how much the first ends sooner, since the GPU was at it already.
+        least_s: Seconds that each takes at least, since the host launches the next.
 
     >>> run = Run(start=10.0, steps=4, first_s=1.0, growth_s=0.5)
     >>> run.end, run.steps_by(12.0), run.steps_by(10.0)
@@ -27,6 +29,8 @@ class Run:
     steps: int
     first_s: float
     growth_s: float = 0.0
+    lag_s: float = 0.0
+    least_s: float = 0.0
 
     @property
     def end(self) -> float:
@@ -36,7 +40,8 @@ class Run:
     def after(self, steps: int) -> float:
         """Return when the first *steps* have ended."""
         grown = self.growth_s * (steps - 1) / 2.0
-        return self.start + steps * (self.first_s + grown)
+        computing = steps * (self.first_s + grown) - self.lag_s
+        return self.start + max(computing, steps * self.least_s)
 
     def end_of_step(self, now: float) -> float:
         """Return when the step under way at *now* ends."""

@@ -16,6 +16,7 @@ from .. import events as e
 from ..machines import Machine, merged_context
 from ..types import RequestId, Signals, Tier, Worker
 from .gauges import Gauges
+from .pace import Pace
 from .residency import Residency
 from .scheduler import Chunk, Scheduler
 from .sequence import EngineSettings, Sequence
@@ -64,11 +65,13 @@ class ModelWorker:
     _run: Run | None = attrs.field(default=None, init=False)
     _aborted: bool = attrs.field(default=False, init=False)
     _gauges: Gauges = attrs.field(init=False)
+    _pace: Pace = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.kv = Residency(self.worker, self.settings, self._events)
         self._scheduler = Scheduler(self.worker, self.settings, self.kv)
         self._gauges = Gauges(self.settings.steps_ahead)
+        self._pace = Pace(self.machine, ahead=self.settings.steps_ahead > 0)
 
     @property
     def preemptions(self) -> int:
@@ -117,8 +120,10 @@ class ModelWorker:
     def expect(self, sequence: Sequence) -> float:
         """Hold *sequence*, that it be submitted; return in how many seconds."""
         self.held[sequence.request.id] = sequence
+        settings, running = self.settings, self._scheduler.running
         tokens = sequence.request.prompt_tokens + sequence.given
-        return self.settings.intake_s + tokens * self.settings.intake_s_per_token
+        others_s = running * settings.intake_s_per_request
+        return settings.intake_s + tokens * settings.intake_s_per_token + others_s
 
     def submit(self, sequence: Sequence, now: float) -> float | None:
         """Queue *sequence*; return when to call `finish`, if that changed."""
@@ -213,6 +218,10 @@ class ModelWorker:
         if planned is None:
             return None
         chunks, steps = planned
+        loading = scheduler.loading * self.machine.load_s_per_token(Tier.CPU)
+        self._pace.begin(now, rested=loading > 0)
+        if chunks and self._pace.uneven:
+            steps = 1
         context, grown = scheduler.decoding.context_tokens, steps - 1
         first = self._step_s(chunks, context)
         growth = 0.0
@@ -220,15 +229,31 @@ class ModelWorker:
             last = [Chunk(own, done + own * grown) for own, done in chunks]
             more = len(scheduler.decoding) * grown
             growth = (self._step_s(last, context + more) - first) / grown
-        loading = scheduler.loading * self.machine.load_s_per_token(Tier.CPU)
-        self._run = Run(now + loading, steps, first, growth)
-        return self._run.end
+        self._run = run = self._pace.run(
+            Run(now + loading, steps, first, growth), *self._busy_s(chunks)
+        )
+        return run.end
+
+    def _busy_s(self, chunks: list[Chunk]) -> tuple[float, float, bool]:
+        """Return what `Pace.run` asks: how long steps keep the host busy."""
+        scheduler, pace = self._scheduler, self._pace
+        if not pace.ahead:
+            return 0.0, 0.0, False
+        decoding, tokens = len(scheduler.decoding), scheduler.prompt_tokens
+        ahead = merged_context(chunks)
+        own_s = self.machine.busy_s(tokens, ahead, decoding)
+        following = scheduler.following
+        if following is None and not scheduler.goes_on:
+            return own_s, 0.0, tokens > 0
+        next_s = self.machine.busy_s(*(following or (0, 0)), decoding)
+        return own_s, next_s, tokens > 0
 
     def finish(self, now: float) -> None:
         """End the run under way."""
         run, scheduler, cache = self._run, self._scheduler, self.kv.cache
         assert run is not None, "no run is under way"
         self._run = None
+        self._pace.ended(run, self._prompts_s(run))
         scheduler.grow(run.steps)
         tokens = scheduler.prompt_tokens * run.steps
         state = (len(scheduler.decoding), tokens, cache.used_blocks, scheduler.queued)
@@ -259,7 +284,15 @@ class ModelWorker:
             return self.machine.decode_s(decoding, context_tokens)
         tokens = sum([own for own, _ in chunks])
         ahead = merged_context(chunks) if len(chunks) > 1 else chunks[0].context
-        return self.machine.step_s(tokens, ahead, decoding, context_tokens)
+        pace, rest = self._pace, (decoding, context_tokens)
+        return self.machine.step_s(tokens, ahead, *rest, pace.ready, pace.heat)
+
+    def _prompts_s(self, run: Run) -> float:
+        """Return the seconds in which the GPU did not wait for its memory."""
+        machine = self.machine
+        tokens = self._scheduler.prompt_tokens + len(self._scheduler.decoding)
+        slower = 1.0 + machine.hot_slowdown * self._pace.heat
+        return run.steps * tokens * machine.prefill_s_per_token * slower
 
     def _prefilled(self, sequence: Sequence, now: float) -> None:
         """Let a computed prompt answer, or hand it over."""
