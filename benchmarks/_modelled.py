@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
-from _engine_probe import Prober, line
 from _sites import Site
 
 import llmd
-from llmd.machines import Machine
-from llmd.machines.fit import Step, errors, fit_from_probe
-from llmd.sim import EngineSettings, Report, Workload, simulate
+from llmd.sim import Calibration, Report, Workload, simulate
 
 WITHIN = {"tpot": 0.10, "e2e": 0.10, "ttft_p50": 0.15, "ttft_p99": 0.30}
-_FACTS = "id", "machine", "kv_blocks", "block_tokens", "max_running"
 
 
 def figures(report: Report) -> dict[str, float]:
@@ -32,106 +28,39 @@ def figures(report: Report) -> dict[str, float]:
     }
 
 
-def kept(
-    workers: Iterable[llmd.Worker],
-    probers: Iterable[Prober],
-    settings: EngineSettings,
-    graph_tokens: float,
-) -> dict[str, Any]:
-    """Return what engines told and a probe saw, for JSON: a fleet is made of it."""
-    engines = [
-        {
-            **{name: getattr(worker, name) for name in _FACTS},
-            "steps": [attrs.astuple(step) for step in prober.steps],
-            "rests": prober.rests,
-            "launches": prober.launches,
-            "late": prober.late,
-        }
-        for worker, prober in zip(workers, probers, strict=True)
-    ]
-    return {
-        "engines": engines,
-        "step_tokens": settings.step_tokens,
-        "steps_ahead": settings.steps_ahead,
-        "graph_tokens": graph_tokens,
-    }
+def router(fleet: Calibration) -> llmd.Router:
+    """Return what chooses, on the engines and in the simulator."""
+    return llmd.LeastDelay(machines=fleet.machines)
 
 
-@attrs.define
-class Fleet:
-    """Engines' facts, and the machines and settings that were fitted to a probe.
+def simulated(fleet: Calibration, workload: Workload) -> Report:
+    """Simulate *workload*."""
+    return simulate(
+        router(fleet),
+        workload,
+        workers=fleet.workers,
+        machines=fleet.machines,
+        settings=fleet.settings,
+    )
 
-    Engines that are alike need not be as fast: one may share its core.
+
+def saturation(fleet: Calibration, site: Site, name: str) -> float:
+    """Return the requests a second that a fleet answers at most.
+
+    What it answers of a crowd is a first guess.  Caches fill and are fought for
+    only as time goes on: then it is sent twice as much for a while.
     """
-
-    workers: list[llmd.Worker]
-    machines: dict[str, Machine]
-    settings: EngineSettings
-    fit: str
-
-    @classmethod
-    def of(cls, found: Mapping[str, Any]) -> Fleet:
-        """Fit the fleet that `kept` kept."""
-        workers, machines, fits = [], {}, []
-        rests, late = [], []
-        for engine in found["engines"]:
-            workers.append(llmd.Worker(**{name: engine[name] for name in _FACTS}))
-            steps = [Step(*step) for step in engine["steps"]]
-            host = line(engine["launches"]) if engine["launches"] else (0.0, 0.0)
-            start = Machine(
-                graph_tokens=found["graph_tokens"],
-                host_s=host[0],
-                host_s_per_request=host[1],
-            )
-            machine = fit_from_probe(steps, start)
-            machines[engine["machine"]] = machine
-            fits.append(str(errors(machine, steps)))
-            rests += engine["rests"]
-            late += engine["late"]
-        base, each = line(rests)
-        crowd = line(late)[1] if late else 0.0
-        fits.append(
-            f"intake: {base * 1e3:.1f} ms, {each * 1e6:.2f} us a token"
-            f" and {crowd * 1e6:.0f} us for each other request"
-        )
-        settings = EngineSettings(
-            step_tokens=found["step_tokens"],
-            steps_ahead=found["steps_ahead"],
-            intake_s=base,
-            intake_s_per_token=each,
-            intake_s_per_request=crowd,
-        )
-        return cls(workers, machines, settings, "; ".join(fits))
-
-    def router(self) -> llmd.Router:
-        return llmd.LeastDelay(machines=self.machines)
-
-    def simulate(self, workload: Workload) -> Report:
-        return simulate(
-            self.router(),
-            workload,
-            workers=self.workers,
-            machines=self.machines,
-            settings=self.settings,
-        )
-
-    def saturation(self, site: Site, name: str) -> float:
-        """Return the requests a second that it answers at most.
-
-        What it answers of a crowd is a first guess.  Caches fill and are fought for
-        only as time goes on: then it is sent twice as much for a while.
-        """
-        rate = math.inf
-        for requests in (60 * len(self.workers), 300):
-            load = site.workload(name, 1.0, requests)
-            # Followers wait for their turn and think: take their place in the flood.
-            alone = [
-                attrs.evolve(job, follows="", think_s=0.0, at=number / (2 * rate))
-                for number, job in enumerate(load.jobs)
-            ]
-            report = self.simulate(attrs.evolve(load, jobs=alone))
-            rate = requests / report.span_s
-        return rate
+    rate = math.inf
+    for requests in (60 * len(fleet.workers), 300):
+        load = site.workload(name, 1.0, requests)
+        # Followers wait for their turn and think: take their place in the flood.
+        alone = [
+            attrs.evolve(job, follows="", think_s=0.0, at=number / (2 * rate))
+            for number, job in enumerate(load.jobs)
+        ]
+        report = simulated(fleet, attrs.evolve(load, jobs=alone))
+        rate = requests / report.span_s
+    return rate
 
 
 def again(
@@ -148,11 +77,11 @@ def again(
     """
     rows = []
     for number, found in enumerate(measured):
-        fleet = Fleet.of(probes[number % len(probes)] if probes else found)
+        fleet = Calibration.of(probes[number % len(probes)] if probes else found)
         for row in found["rows"]:
             if "live" in row:
                 load = site.workload(row["workload"], row["rate"], row["requests"])
-                rows.append({**row, "sim": figures(fleet.simulate(load))})
+                rows.append({**row, "sim": figures(simulated(fleet, load))})
     return rows
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from llmd.adapters.vllm.probe_sizes import Sizes
 from llmd.sim import Workload, workloads
 
 
@@ -16,37 +17,16 @@ class Site:
     Attributes:
         shape: Of the model, for its config.json.
         options: Of each engine.
-        step_tokens: Most tokens a step computes.
-        shared: The client shares cores with the engines.
-        rest_s: Before each prompt of the probe, for what computes it to cool.
-        prompts: Lengths to probe, in one step each.
-        joining: Lengths to probe beside requests that generate.
-        contexts: Cached tokens ahead of them.
-        cached: Tokens of context of all requests of a probe, at most.
-        batches: Requests that decode together.
-        answer: Tokens of their answers; a probe takes some thirty seconds.
+        sizes: Of the probe, which takes some thirty seconds.
         scale: Of the workloads' lengths.
         requests: Of each workload, at least.
     """
 
     shape: dict[str, Any]
     options: dict[str, Any]
-    step_tokens: int
-    shared: bool
-    rest_s: float
-    prompts: tuple[int, ...]
-    joining: tuple[int, ...]
-    contexts: tuple[int, ...]
-    cached: int
-    batches: tuple[int, ...]
-    answer: int
+    sizes: Sizes
     scale: float
     requests: int
-
-    @property
-    def vocabulary(self) -> int:
-        """Ids of tokens are below it."""
-        return int(self.shape["vocab_size"])
 
     def workload(self, name: str, rate: float, requests: int) -> Workload:
         """Make one of the four kinds."""
@@ -116,15 +96,19 @@ CPU = Site(
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": 288 << 20,
     },
-    step_tokens=512,
-    shared=True,
-    rest_s=0.0,
-    prompts=(16, 48, 128, 256, 384, 500),
-    joining=(16, 128, 384),
-    contexts=(0, 512, 1536),
-    cached=6144,
-    batches=(1, 2, 4, 8, 12, 16),
-    answer=12,
+    sizes=Sizes(
+        vocabulary=2048,
+        step_tokens=512,
+        longest=4096,
+        shared=True,
+        rest_s=0.0,
+        prompts=(16, 48, 128, 256, 384, 500),
+        joining=(16, 128, 384),
+        contexts=(0, 512, 1536),
+        cached=6144,
+        batches=(1, 2, 4, 8, 12, 16),
+        answer=12,
+    ),
     scale=0.25,
     requests=200,
 )
@@ -143,16 +127,20 @@ GPU = Site(
         # launches kernels, which differs with its start and what else it does.
         "compilation_config": {"max_cudagraph_capture_size": 2048},
     },
-    step_tokens=2048,
-    shared=False,
-    rest_s=0.15,
-    prompts=(64, 256, 512, 1024, 1536, 2000),
-    # Shorter ones the host has not launched when the step before has ended.
-    joining=(1024, 1536, 2000),
-    contexts=(0, 2048, 8192),
-    cached=140_000,
-    batches=(1, 4, 16, 32, 64, 128),
-    answer=30,
+    sizes=Sizes(
+        vocabulary=152_064,
+        step_tokens=2048,
+        longest=16_384,
+        shared=False,
+        rest_s=0.15,
+        prompts=(64, 256, 512, 1024, 1536, 2000),
+        # Shorter ones the host has not launched when the step before has ended.
+        joining=(1024, 1536, 2000),
+        contexts=(0, 2048, 8192),
+        cached=140_000,
+        batches=(1, 4, 16, 32, 64, 128),
+        answer=30,
+    ),
     scale=1.0,
     requests=40,
 )

@@ -33,24 +33,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _engine_probe import Asked, Prober
-from _modelled import Fleet, again, figures, kept, summed, told
+from _modelled import again, figures, router, saturation, simulated, summed, told
 from _sites import CPU, GPU, Site
 
 import llmd
 from llmd.adapters.vllm.engine import VllmEngine
+from llmd.adapters.vllm.probe import Asked, calibrate
+from llmd.adapters.vllm.prober import Prober
 from llmd.live import Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
-from llmd.sim import EngineSettings
+from llmd.sim import Calibration
 
 NAMES = ("dialogue", "documents", "batch", "shared_prefix")
 LOADS = (0.3, 0.6, 0.85)
 
 
 @contextlib.asynccontextmanager
-async def started(
-    site: Site, engines: int
-) -> AsyncIterator[tuple[Server, list[VllmEngine]]]:
+async def started(site: Site, engines: int) -> AsyncIterator[Server]:
     """Start engines, and give this thread the first place at the cores."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(site.shape))
@@ -64,7 +63,7 @@ async def started(
             # The engines take every core there is: let this thread have its turn.
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-            yield server, made
+            yield server
 
 
 async def measure(
@@ -79,30 +78,18 @@ async def measure(
     A machine that is shared is not as fast all day: each workload has its probe.
     """
     found = []
-    async with started(site, engines) as (server, made):
+    async with started(site, engines) as server:
         for _, same in itertools.groupby(cells, key=lambda cell: cell[0]):
             await _clear(server)
             begun = time.perf_counter()
-            probers = _probers(server, site)
-            # At once, as they share a host and slow each other down.
-            await asyncio.gather(*(prober.run() for prober in probers))
+            fleet = await calibrate(server, site.sizes)
             probed_s = time.perf_counter() - begun
-            found.append(probe := _kept(server, made[0], probers))
-            fleet = Fleet.of(probe)
-            print(f"{fleet.fit}; probed {probed_s:.0f} s", flush=True)
+            print(f"{fleet}; probed {probed_s:.0f} s", flush=True)
+            found.append(probe := fleet.as_dict())
             probe |= {"probe_s": probed_s, "rows": []}
             async for row in _grid(server, site, fleet, seconds, [*same]):
                 probe["rows"].append(row)
                 keep(found)
-
-
-def _kept(
-    server: Server, engine: VllmEngine, probers: Sequence[Prober]
-) -> dict[str, Any]:
-    budget = engine._llm.vllm_config.scheduler_config.max_num_batched_tokens
-    settings = EngineSettings(step_tokens=budget, steps_ahead=int(_ahead(engine)))
-    facts = server.cluster.view.workers.facts
-    return kept(facts, probers, settings, _graph_tokens(engine))
 
 
 async def watch(site: Site, engines: int, seconds: float) -> None:
@@ -122,8 +109,9 @@ async def watch(site: Site, engines: int, seconds: float) -> None:
             what = "a prompt of 100 to 128 tokens" if kind else "a token of 4 requests"
             print(f"{name}: {what} {low:.2f}, {middle:.2f}, {high:.2f} ms", flush=True)
 
-    async with started(site, engines) as (server, _):
-        probers = _probers(server, site)
+    async with started(site, engines) as server:
+        server.cluster.router = Asked()
+        probers = [Prober(server, id, site.sizes, ahead=False) for id in server.engines]
         for prober in probers:
             await prober.prefill(500, [])
             prober.steps.clear()
@@ -138,16 +126,16 @@ async def watch(site: Site, engines: int, seconds: float) -> None:
 async def _grid(
     server: Server,
     site: Site,
-    fleet: Fleet,
+    fleet: Calibration,
     seconds: float,
     cells: Sequence[tuple[str, float]],
 ) -> AsyncIterator[dict[str, Any]]:
     for name, load in cells:
-        rate = load * fleet.saturation(site, name)
+        rate = load * saturation(fleet, site, name)
         workload = site.workload(name, rate, max(int(rate * seconds), site.requests))
         await _clear(server)
-        server.cluster.router = fleet.router()
-        generator = LoadGenerator(server, vocabulary=site.vocabulary)
+        server.cluster.router = router(fleet)
+        generator = LoadGenerator(server, vocabulary=site.sizes.vocabulary)
         row: dict[str, Any] = {
             "workload": name,
             "load": load,
@@ -160,7 +148,7 @@ async def _grid(
             row["lag"] = str(lag)
             print(f"{name} {load:.0%}: {lag}", flush=True)
         else:
-            row["sim"] = figures(fleet.simulate(workload))
+            row["sim"] = figures(simulated(fleet, workload))
             print(told(row), flush=True)
         yield row
 
@@ -185,25 +173,6 @@ def _pin(engine: VllmEngine, core: int) -> None:
     for process in engine._cores:
         for thread in os.listdir(f"/proc/{process.pid}/task"):
             os.sched_setaffinity(int(thread), {core % (os.cpu_count() or 1)})
-
-
-def _probers(server: Server, site: Site) -> list[Prober]:
-    server.cluster.router = Asked()
-    return [
-        Prober(server, worker, site, _ahead(engine))
-        for worker, engine in server.engines.items()
-    ]
-
-
-def _ahead(engine: VllmEngine) -> bool:
-    return bool(engine._llm.vllm_config.scheduler_config.async_scheduling)
-
-
-def _graph_tokens(engine: VllmEngine) -> float:
-    """Return the tokens of the largest step with a prompt that is a CUDA graph."""
-    config = engine._llm.vllm_config.compilation_config
-    graphs = config.cudagraph_mode.has_piecewise_cudagraphs()
-    return float(config.max_cudagraph_capture_size) if graphs else 0.0
 
 
 def main() -> None:

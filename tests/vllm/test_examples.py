@@ -22,11 +22,12 @@ def model(tmp_path_factory):
     return str(make_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-async def run(name, *arguments, seconds=240):
+async def run(name, *arguments, seconds=240, cwd=None):
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(EXAMPLES / name), *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        cwd=cwd,
     )
     try:
         async with asyncio.timeout(seconds):
@@ -130,3 +131,11 @@ async def test_custom_server(model, monkeypatch):
                 assert (await c.post("/ask", content=b"{")).status_code == 400
             workers = app.state.server.cluster.view.workers
             assert workers.running_requests.sum() == 0
+
+
+async def test_calibrate(model, tmp_path):
+    said = await run("calibrate.py", model, cwd=tmp_path)
+    assert "us a token" in said
+    compared = len(re.findall(r"p50 +[\d.]+ +[\d.]+", said))
+    assert compared == 3 or "nothing was measured" in said
+    assert (tmp_path / "calibration.json").exists()

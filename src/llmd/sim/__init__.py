@@ -9,6 +9,7 @@
 
 from . import plots, traces, workloads
 from .bootstrap import Interval
+from .calibration import Calibration
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
 from .faults import Crash
@@ -22,6 +23,7 @@ from .worker import ModelWorker
 from .workload import Job, Workload
 
 __all__ = [
+    "Calibration",
     "Capacity",
     "Comparison",
     "Crash",

@@ -1,4 +1,4 @@
-"""Times the steps of a real engine, and what lies between it and its client."""
+"""Asks an engine for prompts and batches of all sizes, and notes what they take."""
 
 from __future__ import annotations
 
@@ -7,53 +7,26 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
-from _sites import Site
 
-import llmd
-from llmd.live import Server
-from llmd.machines.fit import Step
+from ...live import Server
+from ...machines.fit import Step
+from ...sim.calibration import Probed
+from ...types import Request, Worker
+from .probe_sizes import Sizes
+from .probe_times import First, launch, longer
 
+_T = TypeVar("_T")
 _JOINING = 3
 """Prompts, one after the other, whose steps are told apart by their sum only."""
 _WEIGHT = 4
 """Steps that many were averaged for count as so many."""
-
-
-class Asked(llmd.Router):
-    """Sends a request to the worker that its session names."""
-
-    def cost(self, request: llmd.Request, view: llmd.View) -> np.ndarray:
-        return np.array([float(id != request.session) for id in view.workers.ids])
-
-
-@attrs.frozen
-class First:
-    """When a prompt was asked, computed and answered.
-
-    All by one clock: an engine's own is this one, on Linux.
-    """
-
-    asked: float
-    scheduled: float
-    stamp: float
-    came: float
-
-    @property
-    def computed_s(self) -> float:
-        return self.stamp - self.scheduled
-
-    @property
-    def waited_s(self) -> float:
-        return self.came - self.asked
-
-    @property
-    def late_s(self) -> float:
-        return self.came - self.stamp
+_HOT = 24
+"""Full steps, one after the other: a second or two."""
 
 
 @attrs.define
@@ -67,18 +40,12 @@ class Prober:
 
     Attributes:
         ahead: It schedules a step while the one before runs.
-        steps: What its steps took.
-        rests: Of prompts: tokens, and the seconds of its time to first token in
-            which the engine did not compute it.
-        launches: Of steps without a prompt: requests, and for how many seconds
-            such a step keeps the host busy.
-        late: Of prompts: requests that generate meanwhile, and seconds between the
-            engine's stamp of the first token and that token.
+        steps: As of `Probed`, as the next three.
     """
 
     server: Server
     worker: str
-    site: Site
+    sizes: Sizes
     ahead: bool
     steps: list[Step] = attrs.field(factory=list)
     rests: list[tuple[int, float]] = attrs.field(factory=list)
@@ -90,36 +57,49 @@ class Prober:
 
     async def run(self) -> None:
         """Ask, and add to what was found before."""
-        site, steps, rests = self.site, len(self.steps), len(self.rests)
-        await self.prefill(max(site.prompts), [])
-        await self.decode(max(site.batches), 32)
+        sizes, steps, rests = self.sizes, len(self.steps), len(self.rests)
+        await self.prefill(max(sizes.prompts), [])
+        await self.decode(max(sizes.batches), 32)
         del self.steps[steps:], self.rests[rests:]  # that was to warm up
-        for context in site.contexts:
+        for context in sizes.contexts:
             (head,) = await self._heads(1, context)
-            for tokens in site.prompts:
+            for tokens in sizes.prompts:
                 await self.prefill(tokens, head)
-        for context in (32, *site.contexts[1:]):
-            for requests in site.batches:
-                if requests * context <= site.cached:
+        for context in (32, *sizes.contexts[1:]):
+            for requests in sizes.batches:
+                if requests * context <= sizes.cached:
                     await self.decode(requests, context)
-        some = site.joining, site.batches[2:5:2], (False, True)
+        context = sizes.contexts[1]
+        batches = [n for n in sizes.batches if n * context <= sizes.cached] or [1]
+        some = sizes.joining, batches[2:5:2] or batches[-1:], (False, True)
         for tokens, requests, cached in itertools.product(*some):
-            await self._mixed(tokens, requests, site.contexts[1], cached=cached)
-        if site.shared:
-            await self._chunks(4)
+            await self._mixed(tokens, requests, context, cached=cached)
+        if sizes.shared:
+            await self._chunks(min(4, (sizes.longest - 1) // sizes.step_tokens))
             return
-        await self._hot(24, site.batches[3])
-        for requests in site.batches[1:5]:
+        if sizes.fills:
+            await self._hot(batches[len(batches) // 2])
+        for requests in batches[1:5]:
             if self.ahead:
-                await self._launched(min(site.prompts), requests, site.contexts[1])
-            await self._crowded(min(site.prompts), requests)
+                await self._launched(min(sizes.prompts), requests, context)
+            await self._crowded(min(sizes.prompts), requests)
+
+    def found(self, worker: Worker) -> Probed:
+        """Return what was found of *worker*."""
+        return Probed(
+            worker=worker,
+            steps=tuple(self.steps),
+            rests=tuple(self.rests),
+            launches=tuple(self.launches),
+            late=tuple(self.late),
+        )
 
     async def prefill(self, tokens: int, head: list[int]) -> None:
         """Ask an idle engine twice, behind a *head* that is cached."""
         for _ in range(2):
             own = self._drawn(tokens)
-            if tokens > self.site.step_tokens // 4:
-                await asyncio.sleep(self.site.rest_s)
+            if tokens > self.sizes.step_tokens // 4:
+                await asyncio.sleep(self.sizes.rest_s)
             first = await self._first([*head, *own])
             self.steps.append(Step(len(own), len(head), 0, 0, first.computed_s))
             rest = first.waited_s - first.computed_s
@@ -131,41 +111,41 @@ class Prober:
         What several requests share is read from nearby: as if there were less.
         """
         while len(self._drawn_heads) < requests:
-            self._drawn_heads.append(self._tokens(max(self.site.contexts)))
+            self._drawn_heads.append(self._tokens(max(self.sizes.contexts)))
         heads = [head[:context] for head in self._drawn_heads[:requests]]
         if context:
-            await asyncio.gather(*(self._first([*head, 7]) for head in heads))
+            await together(self._first([*head, 7]) for head in heads)
         return heads
 
     async def _chunks(self, count: int) -> None:
         """Time full steps of one prompt: the next is made ready during each."""
-        size = self.site.step_tokens
+        size = self.sizes.step_tokens
+        if count < 2:
+            return
         last = [await self._first(self._tokens(size)) for _ in range(3)]
         long = [await self._first(self._tokens(size * count)) for _ in range(3)]
         seconds = statistics.median(first.computed_s for first in long)
         seconds -= statistics.median(first.computed_s for first in last)
         self.steps.append(Step(size, size * count / 2, 0, 0, seconds / (count - 1)))
 
-    async def _hot(self, count: int, requests: int) -> None:
+    async def _hot(self, requests: int) -> None:
         """Time full steps, a prompt beside *requests* each, of a GPU without rest."""
-        context = self.site.contexts[1]
-        size = self.site.step_tokens - requests
-        prompts = [self._tokens(size) for _ in range(count)]
+        context = self.sizes.contexts[1]
+        size = self.sizes.step_tokens - requests
+        prompts = [self._tokens(size) for _ in range(_HOT)]
         heads = await self._heads(requests, context)
         found, _ = await self._joined(heads, [prompts], self._told, 0.0)
-        at = sorted(first.stamp for first in found)[count // 3 :]
+        at = sorted(first.stamp for first in found)[_HOT // 3 :]
         seconds = statistics.median(np.diff(at).tolist())
-        tokens = requests * (context + self.site.answer // 2 + count / 2)
+        tokens = requests * (context + self.sizes.answer // 2 + _HOT / 2)
         self.steps += [Step(size, 0, requests, tokens, seconds, True, 1.0)] * _WEIGHT
 
     async def decode(self, requests: int, context: int) -> None:
         """Let *requests* generate together and take the gaps while all do."""
-        new = self.site.answer
-        arrivals = await asyncio.gather(
-            *(
-                self._told([*head, *self._tokens(1)], new, [])
-                for head in await self._heads(requests, context)
-            )
+        new = self.sizes.answer
+        heads = await self._heads(requests, context)
+        arrivals = await together(
+            self._told([*head, *self._tokens(1)], new, []) for head in heads
         )
         begun = max(times[0] for times in arrivals)
         over = min(times[-1] for times in arrivals)
@@ -193,18 +173,19 @@ class Prober:
         heads = await self._heads(requests, context)
         ahead = heads[0] if cached else []
         joined = [[[*ahead, *own]] for own in drawn]
-        found, running = await self._joined(heads, joined, self._told, self.site.rest_s)
+        rest_s = self.sizes.rest_s
+        found, running = await self._joined(heads, joined, self._told, rest_s)
         step = statistics.median(first.computed_s for first in found)
         if self.ahead:
             # With rests between them each can be told apart.
             spans = [(first.asked, first.came, 1) for first in found]
-            if not self.site.rest_s:
+            if not rest_s:
                 spans = [(found[0].asked, found[-1].came, count)]
             took = [longer(times, *span) for times in running for span in spans]
             step = statistics.median(took)
-        at = requests * (context + self.site.answer // 2 + 1.0)
+        at = requests * (context + self.sizes.answer // 2 + 1.0)
         size = statistics.mean(map(len, drawn))
-        ready = self.ahead and not self.site.shared
+        ready = self.ahead and not self.sizes.shared
         self.steps.append(Step(size, len(ahead), requests, at, step, ready))
 
     async def _launched(self, tokens: int, requests: int, context: int) -> None:
@@ -252,30 +233,28 @@ class Prober:
         Returns:
             What came of each prompt, and when the tokens of the others came.
         """
-        site, over = self.site, asyncio.Event()
+        sizes, over = self.sizes, asyncio.Event()
         running: list[list[float]] = [[] for _ in heads]
-        new = (2 if site.shared else 40) * site.answer
+        new = (2 if sizes.shared else 40) * sizes.answer
+        new = min(new, sizes.longest - max(map(len, heads)) - 1)
 
         async def joins() -> list[First]:
-            while min(map(len, running)) < site.answer // 2:  # noqa: ASYNC110
+            while min(map(len, running)) < sizes.answer // 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             found: list[First] = []
             for crowd in crowds:
                 await asyncio.sleep(rest_s)
-                found += await asyncio.gather(*map(self._first, crowd))
-            if not site.shared:
+                found += await together(map(self._first, crowd))
+            if not sizes.shared:
                 await asyncio.sleep(0.05)
                 over.set()
             return found
 
-        found, *_ = await asyncio.gather(
-            joins(),
-            *(
-                told([*head, *self._tokens(1)], new, times, over)
-                for head, times in zip(heads, running, strict=True)
-            ),
-        )
-        return found, running
+        async with asyncio.TaskGroup() as group:
+            found = group.create_task(joins())
+            for head, times in zip(heads, running, strict=True):
+                group.create_task(told([*head, *self._tokens(1)], new, times, over))
+        return found.result(), running
 
     async def _told(
         self,
@@ -285,7 +264,7 @@ class Prober:
         over: asyncio.Event | None = None,
     ) -> list[float]:
         """Note in *times* when each token of an answer came, until it is *over*."""
-        stream = self._served if self.site.shared else self._direct
+        stream = self._served if self.sizes.shared else self._direct
         return await _noted(stream(tokens, new), times, over)
 
     async def _told_served(
@@ -294,7 +273,7 @@ class Prober:
         return await _noted(self._served(tokens, new), times, over)
 
     async def _served(self, tokens: list[int], new: int) -> AsyncIterator[int]:
-        request = llmd.Request(
+        request = Request(
             id=f"{self.worker}-{next(self._count)}",
             prompt=tokens,
             max_new_tokens=new,
@@ -342,7 +321,7 @@ class Prober:
 
     def _tokens(self, count: int) -> list[int]:
         tokens: list[int]
-        tokens = self._rng.integers(10, self.site.vocabulary - 10, count).tolist()
+        tokens = self._rng.integers(10, self.sizes.vocabulary - 10, count).tolist()
         return tokens
 
 
@@ -357,31 +336,8 @@ async def _noted(
     return times
 
 
-def longer(times: Sequence[float], asked: float, came: float, steps: int) -> float:
-    """Return what each of *steps* took that were not like the others.
-
-    They are among those between *asked* and *came*.
-    """
-    first = int(np.searchsorted(times, asked)) - 1
-    last = min(int(np.searchsorted(times, came)) + 2, len(times) - 1)
-    before = max(first - 20, 4)
-    usual = (times[first] - times[before]) / (first - before)
-    return (times[last] - times[first] - usual * (last - first - steps)) / steps
-
-
-def launch(times: Sequence[float], asked: float, came: float) -> tuple[float, float]:
-    """Return the longest gap of tokens between *asked* and *came*, and the next."""
-    first = int(np.searchsorted(times, asked)) - 1
-    last = int(np.searchsorted(times, came)) + 2
-    gaps = np.diff(times[first : last + 1])
-    longest = int(gaps[:-1].argmax())
-    return float(gaps[longest]), float(gaps[longest + 1])
-
-
-def line(pairs: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return a line's value at 0 and its slope, neither below 0 (Theil and Sen)."""
-    x, y = np.array(pairs, dtype=np.float64).T
-    apart = np.subtract.outer(x, x)
-    slopes = np.subtract.outer(y, y)[apart > 0] / apart[apart > 0]
-    slope = max(float(np.median(slopes)), 0.0)
-    return max(float(np.median(y - slope * x)), 0.0), slope
+async def together(calls: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Await all at once; if one fails, none goes on."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(call) for call in calls]
+    return [task.result() for task in tasks]
