@@ -42,7 +42,8 @@ def test_steps_end_as_in_the_loop_of_an_engine(steps):
         pace.begin(now)
         assert pace.ready == (number > 0)
         own, *more = [LAUNCH_S if p else HOST_S for _, p in steps[number:]]
-        run = pace.run(Run(now, 1, gpu_s), own, more[0] if more else 0.0, prompts)
+        run = Run(now, 1, gpu_s)
+        pace.run(run, own, more[0] if more else 0.0, prompts)
         pace.ended(run, 0.0)
         now = run.end
         ends.append(now)
@@ -52,7 +53,8 @@ def test_steps_end_as_in_the_loop_of_an_engine(steps):
 def test_an_engine_that_rested_has_launched_nothing():
     pace = Pace(MACHINE, ahead=True)
     pace.begin(0.0)
-    run = pace.run(Run(0.0, 1, 0.02), LAUNCH_S, HOST_S, prompts=True)
+    run = Run(0.0, 1, 0.02)
+    pace.run(run, LAUNCH_S, HOST_S, prompts=True)
     pace.ended(run, 0.0)
     pace.begin(run.end + 1e-3)
     assert not pace.ready
@@ -67,7 +69,8 @@ def test_an_engine_that_launches_nothing_ahead_takes_what_its_steps_take(ahead):
     for gpu_s in (0.005, 0.02, 0.005):
         pace.begin(now)
         assert not pace.ready
-        run = pace.run(Run(now, 1, gpu_s), LAUNCH_S, LAUNCH_S, prompts=True)
+        run = Run(now, 1, gpu_s)
+        pace.run(run, LAUNCH_S, LAUNCH_S, prompts=True)
         assert run.end == now + gpu_s
         pace.ended(run, 0.0)
         now = run.end

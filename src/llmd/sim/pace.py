@@ -36,24 +36,28 @@ class Pace:
     Attributes:
         machine: Whose.
         ahead: Steps are launched while the one before runs.
+        matters: Steps with prompts that are alike take different times.
         heat: Of the GPU, [0, 1].
 
     >>> pace = Pace(Machine(host_s=3e-3), ahead=True)
     >>> pace.begin(0.0)
     >>> pace.ready
     False
-    >>> run = pace.run(Run(0.0, 1, 5e-3), busy_s=3e-3, next_s=18e-3, prompts=False)
+    >>> run = Run(0.0, 1, 5e-3)
+    >>> pace.run(run, busy_s=3e-3, next_s=18e-3, prompts=False)
     >>> round(run.end, 4)  # the one behind it has a prompt, and takes the host 18 ms
     0.021
     >>> pace.ended(run, 0.0)
     >>> pace.begin(run.end)
-    >>> run = pace.run(Run(run.end, 1, 6e-3), busy_s=18e-3, next_s=3e-3, prompts=True)
+    >>> run = Run(run.end, 1, 6e-3)
+    >>> pace.run(run, busy_s=18e-3, next_s=3e-3, prompts=True)
     >>> round(run.end, 4)  # which ran while it was launched
     0.024
     """
 
     machine: Machine
     ahead: bool
+    matters: bool = attrs.field(init=False)
     heat: float = attrs.field(default=0.0, init=False)
     ready: bool = attrs.field(default=False, init=False)
     _lag_s: float = attrs.field(default=0.0, init=False)
@@ -67,6 +71,7 @@ class Pace:
 
     def __attrs_post_init__(self) -> None:
         self.ahead = self.ahead and self.machine.host_s > 0
+        self.matters = self.ahead or self.machine.hot_slowdown > 0
 
     def begin(self, now: float, *, rested: bool = False) -> None:
         """See whether the step that begins *now* follows another.
@@ -79,13 +84,8 @@ class Pace:
         if not self.ready and self.heat:
             self.heat *= math.exp((self._ended - now) / WARMING_S)
 
-    @property
-    def uneven(self) -> bool:
-        """Whether steps with prompts that are alike take different times."""
-        return self.ahead or self.machine.hot_slowdown > 0
-
-    def run(self, run: Run, busy_s: float, next_s: float, prompts: bool) -> Run:
-        """Return *run* as it goes.
+    def run(self, run: Run, busy_s: float, next_s: float, prompts: bool) -> None:
+        """Let *run* end when it does, if steps are launched ahead.
 
         Args:
             run: What the GPU takes for it.
@@ -94,7 +94,7 @@ class Pace:
             prompts: They compute parts of prompts.
         """
         if not self.ahead:
-            return run
+            return
         self._busy_s, run.least_s, lag_s = busy_s, next_s, 0.0
         if self.ready:
             # No graph begins, and no prompt is done, before it is launched.
@@ -105,7 +105,6 @@ class Pace:
             run.least_s += busy_s
         self._done = run.start + run.first_s - lag_s
         run.lag_s = min(lag_s, max(run.first_s - run.least_s, 0.0))
-        return run
 
     def ended(self, run: Run, prompts_s: float) -> None:
         """Take in that *run* is over.

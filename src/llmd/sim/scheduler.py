@@ -44,7 +44,6 @@ class Scheduler:
         partial: Whose prompt is half done after the next step.
         completing: Whose prompts end with it.
         prompt_tokens: Of the next step.
-        following: The first part of a prompt in the one after it, as far as is known.
         loading: Of the next, those that come from host memory first.
         queued: How many wait.
         preemptions: Requests thrown out for want of blocks.
@@ -57,7 +56,6 @@ class Scheduler:
     partial: Sequence | None = attrs.field(default=None, init=False)
     completing: list[Sequence] = attrs.field(factory=list, init=False)
     prompt_tokens: int = attrs.field(default=0, init=False)
-    following: Chunk | None = attrs.field(default=None, init=False)
     loading: int = attrs.field(default=0, init=False)
     queued: int = attrs.field(default=0, init=False)
     preemptions: int = attrs.field(default=0, init=False)
@@ -104,9 +102,22 @@ class Scheduler:
                 # Whoever is left half done came last.
                 self._last_chunk = chunks[-1].tokens if chunks else 0
                 self.prompt_tokens = sum([chunk.tokens for chunk in chunks])
-                self.following = self._follows()
                 return chunks, steps
             self._preempt(now)
+
+    def following(self) -> Chunk | None:
+        """Look for the first prompt of the step after the one that was planned."""
+        budget = self.settings.step_tokens - len(self.decoding)
+        if (partial := self.partial) is not None:
+            done = partial.computed + self._last_chunk
+            return Chunk(min(partial.length - done, budget), done)
+        places = len(self.decoding) + len(self.completing)
+        spent = self.prompt_tokens >= budget and places < self._places
+        if not (self._missed or spent) or not self.queued:
+            return None
+        sequence = self._waiting[0][2]
+        done = self.kv.found(sequence)
+        return Chunk(min(sequence.length - done, budget), done)
 
     def grow(self, steps: int) -> None:
         """Take the blocks of *steps* more tokens of everybody."""
@@ -190,20 +201,6 @@ class Scheduler:
         heapq.heappop(waiting)
         self.queued -= 1
         return sequence
-
-    def _follows(self) -> Chunk | None:
-        """Look for the first prompt of the step after the next."""
-        budget = self.settings.step_tokens - len(self.decoding)
-        if (partial := self.partial) is not None:
-            done = partial.computed + self._last_chunk
-            return Chunk(min(partial.length - done, budget), done)
-        places = len(self.decoding) + len(self.completing)
-        spent = self.prompt_tokens >= budget and places < self._places
-        if not (self._missed or spent) or not self.queued:
-            return None
-        sequence = self._waiting[0][2]
-        done = self.kv.found(sequence)
-        return Chunk(min(sequence.length - done, budget), done)
 
     def _most_steps(self, chunks: list[Chunk]) -> int:
         """Count the steps for which nothing changes; 0 if blocks are short."""

@@ -219,9 +219,9 @@ class ModelWorker:
             return None
         chunks, steps = planned
         loading = scheduler.loading * self.machine.load_s_per_token(Tier.CPU)
-        self._pace.begin(now, rested=loading > 0)
-        if chunks and self._pace.uneven:
-            steps = 1
+        if self._pace.matters:
+            self._pace.begin(now, rested=loading > 0)
+            steps = 1 if chunks else steps
         context, grown = scheduler.decoding.context_tokens, steps - 1
         first = self._step_s(chunks, context)
         growth = 0.0
@@ -229,20 +229,18 @@ class ModelWorker:
             last = [Chunk(own, done + own * grown) for own, done in chunks]
             more = len(scheduler.decoding) * grown
             growth = (self._step_s(last, context + more) - first) / grown
-        self._run = run = self._pace.run(
-            Run(now + loading, steps, first, growth), *self._busy_s(chunks)
-        )
+        self._run = run = Run(now + loading, steps, first, growth)
+        if self._pace.ahead:
+            self._pace.run(run, *self._busy_s(chunks))
         return run.end
 
     def _busy_s(self, chunks: list[Chunk]) -> tuple[float, float, bool]:
         """Return what `Pace.run` asks: how long steps keep the host busy."""
-        scheduler, pace = self._scheduler, self._pace
-        if not pace.ahead:
-            return 0.0, 0.0, False
+        scheduler = self._scheduler
         decoding, tokens = len(scheduler.decoding), scheduler.prompt_tokens
         ahead = merged_context(chunks)
         own_s = self.machine.busy_s(tokens, ahead, decoding)
-        following = scheduler.following
+        following = scheduler.following()
         if following is None and not scheduler.goes_on:
             return own_s, 0.0, tokens > 0
         next_s = self.machine.busy_s(*(following or (0, 0)), decoding)
@@ -253,7 +251,8 @@ class ModelWorker:
         run, scheduler, cache = self._run, self._scheduler, self.kv.cache
         assert run is not None, "no run is under way"
         self._run = None
-        self._pace.ended(run, self._prompts_s(run))
+        if self._pace.matters:
+            self._pace.ended(run, self._prompts_s(run))
         scheduler.grow(run.steps)
         tokens = scheduler.prompt_tokens * run.steps
         state = (len(scheduler.decoding), tokens, cache.used_blocks, scheduler.queued)
