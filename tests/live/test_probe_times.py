@@ -65,6 +65,9 @@ def test_what_a_probe_asks_for_fits(longest, running, kv_tokens):
         assert min(sizes.batches) == 1
         assert sizes.contexts[0] == 0
         assert len(sizes.contexts) == 3
+        for requests in sizes.beside:
+            assert requests < running
+            assert requests * sizes.contexts[1] < kv_tokens
 
 
 @pytest.mark.parametrize("size", ["longest", "kv_tokens", "step_tokens"])

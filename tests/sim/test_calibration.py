@@ -83,13 +83,16 @@ def test_what_seems_to_fall_with_tokens_is_a_constant():
     assert found == (pytest.approx(1.5e-3), 0.0)
 
 
-@pytest.mark.parametrize("pairs", [[], [(3, 1.0)], [(3, 1.0), (3, 2.0)]])
-def test_one_amount_tells_no_line(pairs):
+def test_one_amount_tells_no_slope():
+    assert line([(3, 1.0), (3, 2.0), (3, 3.0)]) == (2.0, 0.0)
+
+
+def test_a_line_through_nothing_is_refused():
     with pytest.raises(InvalidHardware):
-        line(pairs)
+        line([])
 
 
-def test_a_fleet_of_one_step_is_refused():
+def test_a_fleet_whose_intake_was_not_timed_is_refused():
     probed = Probed(worker=Worker(id="a"), steps=(Step(1, 0, 0, 0, 1.0),), rests=())
     with pytest.raises(InvalidHardware):
         Calibration(engines=(probed,), step_tokens=10, steps_ahead=0)

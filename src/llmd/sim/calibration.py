@@ -208,10 +208,10 @@ class Calibration:
 def line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return a line's value at 0 and its slope, neither below 0 (Theil and Sen).
 
-    A few that are late do not bend it.
+    A few that are late do not bend it.  Seconds of one amount alone have no slope.
 
     Raises:
-        InvalidHardware: All are of one amount.
+        InvalidHardware: There are none.
 
     >>> line([(1, 3.0), (2, 5.0), (3, 99.0), (4, 9.0)])
     (1.0, 2.0)
@@ -219,7 +219,7 @@ def line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     x, y = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     apart = np.subtract.outer(x, x)
     slopes = np.subtract.outer(y, y)[apart > 0] / apart[apart > 0]
-    if not len(slopes):
-        raise InvalidHardware("times of one amount alone tell no line")
-    slope = max(float(np.median(slopes)), 0.0)
+    if not len(y):
+        raise InvalidHardware("too little was timed: there is nothing to fit a line to")
+    slope = max(float(np.median(slopes)), 0.0) if len(slopes) else 0.0
     return max(float(np.median(y - slope * x)), 0.0), slope

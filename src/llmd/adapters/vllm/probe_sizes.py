@@ -53,6 +53,14 @@ class Sizes:
         """Whether one prompt can fill a step."""
         return self.step_tokens < self.longest
 
+    @property
+    def beside(self) -> tuple[int, ...]:
+        """Batches that one more can join, each with the second of the contexts."""
+        tokens, most = self.contexts[1], max(self.batches)
+        return tuple(
+            [n for n in self.batches if n < most and n * tokens <= self.cached]
+        )
+
     @classmethod
     def of(cls, config: Any) -> Sizes:
         """Choose them for a vLLM engine by its `vllm_config`.

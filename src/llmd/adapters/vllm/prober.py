@@ -69,17 +69,22 @@ class Prober:
             for requests in sizes.batches:
                 if requests * context <= sizes.cached:
                     await self.decode(requests, context)
-        context = sizes.contexts[1]
-        batches = [n for n in sizes.batches if n * context <= sizes.cached] or [1]
-        some = sizes.joining, batches[2:5:2] or batches[-1:], (False, True)
+        if beside := sizes.beside:
+            await self._all_joined(beside)
+        if sizes.shared:
+            await self._chunks(min(4, (sizes.longest - 1) // sizes.step_tokens))
+
+    async def _all_joined(self, beside: tuple[int, ...]) -> None:
+        """Let prompts of all lengths join batches of all sizes."""
+        sizes, context = self.sizes, self.sizes.contexts[1]
+        some = sizes.joining, beside[-1::-2][:2], (False, True)
         for tokens, requests, cached in itertools.product(*some):
             await self._mixed(tokens, requests, context, cached=cached)
         if sizes.shared:
-            await self._chunks(min(4, (sizes.longest - 1) // sizes.step_tokens))
             return
         if sizes.fills:
-            await self._hot(batches[len(batches) // 2])
-        for requests in batches[1:5]:
+            await self._hot(beside[-2:][0])
+        for requests in beside[1:]:
             if self.ahead:
                 await self._launched(min(sizes.prompts), requests, context)
             await self._crowded(min(sizes.prompts), requests)
