@@ -66,21 +66,24 @@ def saturation(fleet: Calibration, site: Site, name: str) -> float:
 def again(
     site: Site,
     measured: Sequence[Mapping[str, Any]],
-    probes: Sequence[Mapping[str, Any]] = (),
+    probes: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Return the rows of *measured* with what is simulated for them now.
 
     Args:
         site: Where they are from.
         measured: As `fidelity.py --json` keeps it.
-        probes: The fleet is fitted to these, of another run, one after the other.
+        probes: Likewise; each workload has the one that was made before it there,
+            or the first.
     """
+    before = {row["workload"]: found for found in probes for row in found["rows"]}
     rows = []
-    for number, found in enumerate(measured):
-        fleet = Calibration.of(probes[number % len(probes)] if probes else found)
+    for found in measured:
+        name = found["rows"][0]["workload"]
+        fleet = Calibration.of(before.get(name, probes[0]))
         for row in found["rows"]:
             if "live" in row:
-                load = site.workload(row["workload"], row["rate"], row["requests"])
+                load = site.workload(name, row["rate"], row["requests"])
                 rows.append({**row, "sim": figures(simulated(fleet, load))})
     return rows
 

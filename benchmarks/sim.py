@@ -4,7 +4,7 @@ python benchmarks/sim.py [--routing [--traces jittered verbatim azure]] [--ladde
 
 `LLMD_TRACES` names the folder of public traces; without it the sample of the
 conversation trace that the tests use stands in, and says so in the keys.
-`--routing` prints what docs/explanation/simulator.md shows, `--ladder` the
+`--routing` prints what docs/explanation/simulator-checked.md shows, `--ladder` the
 comparison with llm-d's published 73-capacity benchmark: minutes each.
 """
 

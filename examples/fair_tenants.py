@@ -2,8 +2,7 @@
 
 python examples/fair_tenants.py [PICTURE.png]
 
-The last policy is one of your own, in ten lines; a live server takes the same
-objects.
+The last policy is your own, in ten lines; a live server takes the same objects.
 """
 
 import sys

@@ -30,7 +30,7 @@ def errors(rows):
 
 
 def test_loads_are_simulated_as_measured_after_a_probe_of_half_a_minute():
-    rows = _modelled.again(GPU, kept(3))
+    rows = _modelled.again(GPU, kept(3), kept(3))
     found, beyond = errors(rows)
     assert beyond == 0, _modelled.summed(rows)
     assert np.median(found["e2e"]) < 0.03

@@ -1,11 +1,14 @@
 """What a probe of real engines makes of the times it sees."""
 
 import itertools
+from types import SimpleNamespace
 
+import attrs
 import pytest
 
 import llmd
-from llmd.adapters.vllm.probe import calibrate
+from llmd.adapters.vllm import probe
+from llmd.adapters.vllm.probe import Asked, calibrate
 from llmd.adapters.vllm.probe_sizes import Sizes
 from llmd.adapters.vllm.probe_times import launch, longer
 from llmd.errors import EngineError
@@ -81,3 +84,41 @@ async def test_an_engine_of_another_kind_cannot_be_probed(make_engine):
         await server.add(make_engine(), "a")
         with pytest.raises(EngineError, match="ScriptedEngine"):
             await calibrate(server)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"contexts": (0,)},
+        {"contexts": (16, 32)},
+        {"prompts": ()},
+        {"joining": (0,)},
+        {"vocabulary": 15},
+        {"batches": (2, 4)},
+        {"answer": 3},
+    ],
+)
+def test_sizes_that_make_no_probe_are_refused(bad):
+    good = Sizes.chosen(**SMALL, running=8, longest=1024)
+    with pytest.raises(EngineError, match=next(iter(bad))):
+        attrs.evolve(good, **bad)
+
+
+async def test_who_asks_meanwhile_is_noticed():
+    router = Asked()
+    view = llmd.Cluster().view
+    router.cost(llmd.Request(id="r", prompt=range(9), session="nobody"), view)
+    assert router.others == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "caches", "why"), [(512, False, "prefix caching"), (100, True, "of 512")]
+)
+def test_an_engine_that_sizes_do_not_fit_is_refused(tokens, caches, why):
+    sizes = Sizes.chosen(**{**SMALL, "running": 8, "longest": 1024})
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens),
+        cache_config=SimpleNamespace(enable_prefix_caching=caches),
+    )
+    with pytest.raises(EngineError, match=why):
+        probe._fitting(sizes, config)

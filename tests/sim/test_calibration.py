@@ -83,6 +83,32 @@ def test_what_seems_to_fall_with_tokens_is_a_constant():
     assert found == (pytest.approx(1.5e-3), 0.0)
 
 
+@pytest.mark.parametrize("same", ["id", "machine"])
+def test_engines_of_one_name_are_refused(found, same):
+    one = Calibration.of(found).engines[0]
+    names = {"id": "w1", "machine": "other", same: "w0"}
+    other = attrs.evolve(one, worker=Worker(**names))
+    with pytest.raises(InvalidHardware, match=f"two engines have one {same}"):
+        Calibration(engines=(one, other), step_tokens=2048, steps_ahead=1)
+
+
+@pytest.mark.parametrize(
+    "rests", [[[1, 2, 3]], [["a", 1.0]], [[1.0, -1.0]], [[1.0, float("nan")]], 3]
+)
+def test_rests_that_are_no_pairs_are_refused(found, rests):
+    engine = {**found["engines"][0], "rests": rests}
+    with pytest.raises(InvalidHardware):
+        Calibration.of({**found, "engines": [engine]})
+
+
+def test_what_the_engine_told_is_carried_over(found):
+    more = {"by_priority": True, "kv_bytes_per_token": 1000.0, "weights_bytes": 1e6}
+    one = Calibration.of({**found, **more})
+    assert one.settings.by_priority
+    assert one.machines["w0"].kv_bytes_per_token == 1000.0
+    assert one.machines["w0"].weights_bytes == 1e6
+
+
 def test_one_amount_tells_no_slope():
     assert line([(3, 1.0), (3, 2.0), (3, 3.0)]) == (2.0, 0.0)
 

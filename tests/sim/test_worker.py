@@ -19,6 +19,8 @@ MACHINES = {
     # The host takes as long for a prompt as the GPU for several steps.
     "host": attrs.evolve(MACHINE, host_s=6e-3, host_s_per_request=2e-4),
     "slow host": attrs.evolve(MACHINE, host_s=0.012),
+    # At first the host takes longer for a step, and then the GPU.
+    "crossing": attrs.evolve(MACHINE, host_s=0.0105, decode_s_per_context_token=1e-5),
     "hot": attrs.evolve(MACHINE, host_s=6e-3, hot_slowdown=0.5),
 }
 

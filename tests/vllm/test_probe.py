@@ -31,6 +31,10 @@ async def test_a_fleet_is_simulated_as_it_was_probed(server, tmp_path):
     assert isinstance(server.cluster.router, llmd.RoundRobin)
     assert [worker.machine for worker in found.workers] == [*NAMES]
     assert found.step_tokens > 0
+    # Of the tiny model, not of the default.
+    machine = found.machines["a"]
+    assert 0 < machine.kv_bytes_per_token < 10_000
+    assert 0 < machine.weights_bytes < 10e6
     for probed in found.engines:
         kinds = {
             (bool(s.prefill_tokens), bool(s.decode_requests)) for s in probed.steps

@@ -32,6 +32,12 @@ _ITERATIONS = 200
 class Step:
     """One measured step: what `Machine.step_s` is given, and how long it took.
 
+    Attributes:
+        prefill_tokens: As of `Machine.step_s`, and the next three.
+        seconds: That it took.
+        ready: The host had made it ready before: it followed another.
+        heat: 0 on a GPU that had rested, 1 on one that computed prompts all the time.
+
     >>> Step(0, 0, 16, 16 * 576, 5.1e-3).seconds
     0.0051
     """

@@ -23,12 +23,13 @@ Amount = TypeVar("Amount", float, Floats)
 # A step takes some time, however short: time goes on.  Powers of floors to a
 # higher knee are no numbers any more.
 _ANY, _FLOOR = (0.0, sys.float_info.max), (1e-15, sys.float_info.max)
+_TIME, _PART = (0.0, 3600.0), (0.0, 100.0)
 _BOUNDS = {
     "prefill_floor_s": _FLOOR,
     "decode_floor_s": _FLOOR,
-    "host_s": _ANY,
-    "host_s_per_request": _ANY,
-    "hot_slowdown": _ANY,
+    "host_s": _TIME,
+    "host_s_per_request": _TIME,
+    "hot_slowdown": _PART,
     "graph_tokens": (0.0, math.inf),
     "graph_floor_s": _FLOOR,
     "knee": (1.0, 20.0),
@@ -108,15 +109,15 @@ class Machine:
         host_s: For which a step without a prompt keeps the host busy; 0: it is not
             told apart, floors are as if the GPU's.
         host_s_per_request: For which one more request in it does.
-        hot_slowdown: By which part prompts take longer on a GPU that has computed
-            nothing else for some tenths of a second.
+        hot_slowdown: By which part prompts take longer on a GPU that has done nothing
+            else for some tenths of a second.
         kv_bytes_per_token: KV of one token, all layers.
         weights_bytes: Of the model.
         hardware: What it runs on.
 
     Raises:
-        InvalidHardware: An amount is negative or no number, a floor is 0, or the
-            knee is not between 1 and 20.
+        InvalidHardware: An amount is negative, no number or absurd, a floor is 0, or
+            the knee is not between 1 and 20.
 
     >>> machine = Machine()
     >>> 0.04 < machine.prefill_s(2048) < 0.06
@@ -236,7 +237,7 @@ class Machine:
             decode_requests: Requests that get one more token each.
             context_tokens: Prompt and output tokens of these requests so far.
             ready: The host made it ready before: what that takes does not count.
-            heat: How much of the time the GPU has computed prompts lately, [0, 1].
+            heat: How much of the time the GPU has multiplied lately, [0, 1].
         """
         tokens = prefill_tokens + decode_requests
         floor, slower, behind = self.decode_floor_s, 1.0, 0.0

@@ -7,14 +7,16 @@ calibration that was saved is good on any machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
 
-from ..errors import InvalidHardware
+from ..amounts import as_real
+from ..errors import InvalidHardware, LlmdError
 from ..machines import Machine
 from ..machines.fit import Step, errors, fit_from_probe
 from ..types import Worker
@@ -32,6 +34,17 @@ _FACTS = (
     "max_running",
 )
 _TIMED = "rests", "launches", "late"
+_NEEDED = "step_tokens", "steps_ahead", "graph_tokens"
+_MORE = "by_priority", "kv_bytes_per_token", "weights_bytes"
+
+
+def _pairs(given: Iterable[Iterable[Any]]) -> Pairs:
+    """Return *given* as pairs of amounts that can be."""
+    pairs = tuple([(as_real(x), as_real(y)) for x, y in given])
+    for pair in pairs:
+        if not all(0.0 <= amount < math.inf for amount in pair):
+            raise InvalidHardware(f"{pair} is no amount and its seconds")
+    return pairs
 
 
 def _plain(worker: Worker) -> Worker:
@@ -58,9 +71,9 @@ class Probed:
 
     worker: Worker = attrs.field(converter=_plain)
     steps: tuple[Step, ...]
-    rests: Pairs
-    launches: Pairs = ()
-    late: Pairs = ()
+    rests: Pairs = attrs.field(converter=_pairs)
+    launches: Pairs = attrs.field(default=(), converter=_pairs)
+    late: Pairs = attrs.field(default=(), converter=_pairs)
 
 
 @attrs.frozen(kw_only=True)
@@ -74,12 +87,17 @@ class Calibration:
         step_tokens: As of `EngineSettings`.
         steps_ahead: Likewise.
         graph_tokens: As of `Machine`.
+        by_priority: As of `EngineSettings`.
+        kv_bytes_per_token: As of `Machine`; its default's if 0.
+        weights_bytes: Likewise.
         workers: What `simulate` asks for, as the next two.
-        machines: Fitted to the steps, by `Worker.machine`.
+        machines: Fitted to the steps, by `Worker.machine`.  Their links and memory
+            are still those of the default: no step tells of them.
         settings: The intake is fitted to the rest of the times to first token.
 
     Raises:
-        InvalidHardware: There is no engine, or too little was timed.
+        InvalidHardware: There is no engine, too little was timed, or two engines have
+            one id or name one machine.
 
     >>> steps = [Step(n, 0, 0, 0, 0.01 + 1e-5 * n) for n in (64, 512, 1024, 2048)]
     >>> rests = ((64, 2e-3), (2048, 4e-3))
@@ -95,12 +113,19 @@ class Calibration:
     step_tokens: int
     steps_ahead: int
     graph_tokens: float = 0.0
+    by_priority: bool = False
+    kv_bytes_per_token: float = 0.0
+    weights_bytes: float = 0.0
     machines: Mapping[str, Machine] = attrs.field(init=False, repr=False)
     settings: EngineSettings = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if not self.engines:
             raise InvalidHardware("no engine was probed")
+        for name in ("id", "machine"):
+            named = [getattr(probed.worker, name) for probed in self.engines]
+            if len(set(named)) < len(named):
+                raise InvalidHardware(f"two engines have one {name}: {named}")
         machines = {p.worker.machine: self._machine(p) for p in self.engines}
         object.__setattr__(self, "machines", machines)
         rests = [pair for probed in self.engines for pair in probed.rests]
@@ -109,6 +134,7 @@ class Calibration:
         settings = EngineSettings(
             step_tokens=self.step_tokens,
             steps_ahead=self.steps_ahead,
+            by_priority=self.by_priority,
             intake_s=base_s,
             intake_s_per_token=token_s,
             intake_s_per_request=line(late)[1] if late else 0.0,
@@ -146,8 +172,11 @@ class Calibration:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidHardware(f"{path} is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            kind = type(found).__name__
+            raise InvalidHardware(f"{path} is no calibration but a JSON {kind}")
         return cls.of(found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -160,12 +189,8 @@ class Calibration:
             }
             for probed in self.engines
         ]
-        return {
-            "engines": engines,
-            "step_tokens": self.step_tokens,
-            "steps_ahead": self.steps_ahead,
-            "graph_tokens": self.graph_tokens,
-        }
+        told = {name: getattr(self, name) for name in (*_NEEDED, *_MORE)}
+        return {"engines": engines, **told}
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Calibration:
@@ -179,25 +204,30 @@ class Calibration:
                 Probed(
                     worker=Worker(**{name: engine[name] for name in _FACTS}),
                     steps=tuple([Step(*step) for step in engine["steps"]]),
-                    **{name: tuple(map(tuple, engine[name])) for name in _TIMED},
+                    **{name: engine[name] for name in _TIMED},
                 )
                 for engine in found["engines"]
             ]
-            return cls(
-                engines=tuple(engines),
-                step_tokens=found["step_tokens"],
-                steps_ahead=found["steps_ahead"],
-                graph_tokens=found["graph_tokens"],
-            )
+            told = {name: found[name] for name in _NEEDED}
+            told |= {name: found[name] for name in _MORE if name in found}
+            return cls(engines=tuple(engines), **told)
         except KeyError as error:
             raise InvalidHardware(f"a calibration without {error}") from error
-        except (TypeError, ValueError) as error:
+        except InvalidHardware:
+            raise
+        except (TypeError, ValueError, LlmdError) as error:
             raise InvalidHardware(f"this is no calibration: {error}") from error
 
     def _machine(self, probed: Probed) -> Machine:
         host = line(probed.launches) if probed.launches else (0.0, 0.0)
+        known = {
+            name: value
+            for name in ("kv_bytes_per_token", "weights_bytes")
+            if (value := getattr(self, name))
+        }
         start = Machine(
             name=probed.worker.machine,
+            **known,
             graph_tokens=self.graph_tokens,
             host_s=host[0],
             host_s_per_request=host[1],

@@ -144,6 +144,7 @@ def capacity(
     workers: int | Sequence[Worker] = 8,
     machine: Machine | None = None,
     machines: Mapping[str, Machine] | None = None,
+    settings: EngineSettings | None = None,
     precision: float = 0.02,
 ) -> Capacity:
     """Find the highest rate at which *policy* meets *slo*; see `capacities`.
@@ -164,6 +165,7 @@ def capacity(
                 workers=workers,
                 machine=machine,
                 machines=machines,
+                settings=settings,
                 precision=precision,
             ).values()
         )

@@ -13,7 +13,8 @@ So a step without a prompt seems slow when one with a prompt is launched behind 
 the one with the prompt seems fast, and where prompts follow each other the host is
 all that counts.  An H200 was seen to do so (`docs/explanation/simulator.md`).
 
-A GPU is warm by how much of the time it has computed prompts lately.
+A GPU is warm by how much of the time it has multiplied lately, and not waited for
+its memory: with prompts nearly always, with large batches now and then.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Pace:
 
     Attributes:
         machine: Whose.
-        ahead: Steps are launched while the one before runs.
+        ahead: Steps are launched while the one before runs; that is of no account
+            where the machine does not say what it takes.
         matters: Steps with prompts that are alike take different times.
         heat: Of the GPU, [0, 1].
 
@@ -60,12 +62,13 @@ class Pace:
     matters: bool = attrs.field(init=False)
     heat: float = attrs.field(default=0.0, init=False)
     ready: bool = attrs.field(default=False, init=False)
+    # For how long the GPU was done with the last step when that was seen: R - G.
     _lag_s: float = attrs.field(default=0.0, init=False)
-    # By how much the next step was launched before the last was seen to end, and
-    # what the host has to do for it.
+    # Between when the host could launch the next step and when the last was seen.
     _spare_s: float = attrs.field(default=0.0, init=False)
+    # Of the run under way: what each step takes the host, h; and when the GPU is done
+    # with its first, G.
     _busy_s: float = attrs.field(default=0.0, init=False)
-    # When the GPU is done with the first step of the run under way.
     _done: float = attrs.field(default=0.0, init=False)
     _ended: float = attrs.field(default=-math.inf, init=False)
 
@@ -106,17 +109,17 @@ class Pace:
         self._done = run.start + run.first_s - lag_s
         run.lag_s = min(lag_s, max(run.first_s - run.least_s, 0.0))
 
-    def ended(self, run: Run, prompts_s: float) -> None:
+    def ended(self, run: Run, multiplied_s: float) -> None:
         """Take in that *run* is over.
 
         Args:
             run: It.
-            prompts_s: Seconds for which the GPU computed prompts in it.
+            multiplied_s: Seconds of it for which the GPU did not wait for its memory.
         """
         end = self._ended = run.end
         if self.machine.hot_slowdown and (took := end - run.start) > 0:
             kept = math.exp(-took / WARMING_S)
-            share = min(prompts_s / took, 1.0)
+            share = min(multiplied_s / took, 1.0)
             self.heat = self.heat * kept + share * (1.0 - kept)
         if not self.ahead:
             return

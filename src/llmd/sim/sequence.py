@@ -33,8 +33,8 @@ class EngineSettings:
         intake_s_per_token: As many more for each token of its prompt, cached ones
             too: they are sent, decoded and hashed.  A vLLM engine in one process
             with its router took 2.5 ms and 0.3 us on the host of an H200.
-        intake_s_per_request: As many more for each request that the engine has: their
-            tokens go through the same hands.
+        intake_s_per_request: As many more for each request that the engine computes
+            then: their tokens go through the same hands.
         cold_start_s: Seconds from the wish for a worker to its joining ready.
 
     >>> EngineSettings().step_tokens

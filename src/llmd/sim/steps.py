@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 
@@ -10,7 +12,7 @@ class Run:
     """Steps that follow each other with nothing else changing.
 
     Contexts grow by the same in each, and step times are linear in context,
-    so the sum is exact.
+    so the sum is exact, and so is that of what each takes at least.
 
     Attributes:
         start: When the first begins.
@@ -20,6 +22,8 @@ class Run:
         lag_s: By how much the first ends sooner, since the GPU was at it already.
         least_s: Seconds that each takes at least, since the host launches the next.
 
+    >>> Run(start=0.0, steps=4, first_s=1.0, growth_s=1.0, least_s=2.5).end
+    12.0
     >>> run = Run(start=10.0, steps=4, first_s=1.0, growth_s=0.5)
     >>> run.end, run.steps_by(12.0), run.steps_by(10.0)
     (17.0, 2, 1)
@@ -39,9 +43,20 @@ class Run:
 
     def after(self, steps: int) -> float:
         """Return when the first *steps* have ended."""
-        grown = self.growth_s * (steps - 1) / 2.0
-        computing = steps * (self.first_s + grown) - self.lag_s
-        return self.start + max(computing, steps * self.least_s)
+        short = self._short(steps) if self.first_s < self.least_s else 0
+        long, grown = steps - short, self.growth_s * (short + steps - 1) / 2.0
+        return (
+            self.start
+            + short * self.least_s
+            + long * (self.first_s + grown)
+            - (self.lag_s if steps else 0.0)
+        )
+
+    def _short(self, steps: int) -> int:
+        """Count those of the first *steps* that take the GPU less than the least."""
+        if self.growth_s <= 0.0:
+            return steps
+        return min(steps, math.ceil((self.least_s - self.first_s) / self.growth_s))
 
     def end_of_step(self, now: float) -> float:
         """Return when the step under way at *now* ends."""

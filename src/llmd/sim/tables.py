@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
+
+from ..machines import Machine
 
 
 def name_of(policy: object) -> str:
@@ -14,6 +16,8 @@ def name_of(policy: object) -> str:
     >>> from llmd import LeastWork, Machine, EarliestFirstToken
     >>> name_of(LeastWork()), name_of(LeastWork(decode_tokens=9.0))
     ('LeastWork', 'LeastWork(decode_tokens=9.0)')
+    >>> name_of(EarliestFirstToken(machines={"a": Machine(name="h200")}))
+    'EarliestFirstToken(machines={a: h200})'
     """
     kind = type(policy)
     made = getattr(getattr(kind.__repr__, "__code__", None), "co_filename", "")
@@ -25,8 +29,17 @@ def name_of(policy: object) -> str:
         if field.init and field.repr:
             value = getattr(policy, field.name)
             if value != _default(field.default):
-                changed.append(f"{field.name.lstrip('_')}={value!r}")
+                changed.append(f"{field.name.lstrip('_')}={_short(value)}")
     return kind.__name__ + (f"({', '.join(changed)})" if changed else "")
+
+
+def _short(value: object) -> str:
+    """Return what tells *value* in a table."""
+    if isinstance(value, Machine):
+        return value.name
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_short(value[key])}" for key in value) + "}"
+    return repr(value)
 
 
 def _default(default: object) -> object:

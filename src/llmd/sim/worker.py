@@ -252,7 +252,7 @@ class ModelWorker:
         assert run is not None, "no run is under way"
         self._run = None
         if self._pace.matters:
-            self._pace.ended(run, self._prompts_s(run))
+            self._pace.ended(run, self._multiplied_s(run))
         scheduler.grow(run.steps)
         tokens = scheduler.prompt_tokens * run.steps
         state = (len(scheduler.decoding), tokens, cache.used_blocks, scheduler.queued)
@@ -286,7 +286,7 @@ class ModelWorker:
         pace, rest = self._pace, (decoding, context_tokens)
         return self.machine.step_s(tokens, ahead, *rest, pace.ready, pace.heat)
 
-    def _prompts_s(self, run: Run) -> float:
+    def _multiplied_s(self, run: Run) -> float:
         """Return the seconds in which the GPU did not wait for its memory."""
         machine = self.machine
         tokens = self._scheduler.prompt_tokens + len(self._scheduler.decoding)

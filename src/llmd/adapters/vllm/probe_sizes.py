@@ -9,6 +9,8 @@ import attrs
 from ...errors import EngineError
 
 _LEAST_TOKENS = 256
+_LEAST_VOCABULARY = 64
+_LEAST_ANSWER = 12
 
 
 @attrs.frozen(kw_only=True)
@@ -27,6 +29,9 @@ class Sizes:
         cached: Tokens of context of all requests of a probe, at most.
         batches: Requests that decode together, from one on.
         answer: Tokens of their answers.
+
+    Raises:
+        EngineError: They are too few for a probe.
 
     >>> sizes = Sizes.chosen(
     ...     vocabulary=1000, step_tokens=2048, longest=16_384, running=128,
@@ -47,6 +52,19 @@ class Sizes:
     cached: int
     batches: tuple[int, ...]
     answer: int
+
+    def __attrs_post_init__(self) -> None:
+        few = {
+            "vocabulary": self.vocabulary >= _LEAST_VOCABULARY,
+            "prompts": bool(self.prompts) and min(self.prompts) > 0,
+            "joining": bool(self.joining) and min(self.joining) > 0,
+            "contexts": len(self.contexts) > 1 and self.contexts[0] == 0,
+            "batches": bool(self.batches) and min(self.batches) == 1,
+            "answer": self.answer >= _LEAST_ANSWER,
+        }
+        for name, enough in few.items():
+            if not enough:
+                raise EngineError(f"Sizes.{name} is {getattr(self, name)}: no probe")
 
     @property
     def fills(self) -> bool:

@@ -174,6 +174,8 @@ class Prober:
         after the other, is that of those prompts.
         """
         count = _JOINING if self.ahead else 1
+        # In one step with those that generate.
+        tokens = min(tokens, self.sizes.step_tokens - requests)
         drawn = [self._drawn(tokens) for _ in range(count)]
         heads = await self._heads(requests, context)
         ahead = heads[0] if cached else []
