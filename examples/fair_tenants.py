@@ -1,7 +1,6 @@
 """A tenant floods: what the others feel, with and without fairness.
 
 python examples/fair_tenants.py [PICTURE.png]
-
 The last policy is your own, in ten lines; a live server takes the same objects.
 """
 
