@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ from llmd.adapters.vllm.probe import Asked, calibrate
 from llmd.adapters.vllm.prober import Prober
 from llmd.live import Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
+from llmd.machines import merged_context
 from llmd.sim import Calibration
+
+STAMPS = "LLMD_STAMPS"
+"""Names the file that `_stamped.py` writes."""
 
 
 @contextlib.asynccontextmanager
@@ -114,7 +118,10 @@ async def _grid(
         workload = site.workload(name, rate, max(int(rate * seconds), site.requests))
         await _clear(server)
         server.cluster.router = router(fleet)
-        generator = LoadGenerator(server, vocabulary=site.sizes.vocabulary)
+        generator, begun = (
+            LoadGenerator(server, site.sizes.vocabulary),
+            time.monotonic(),
+        )
         row: dict[str, Any] = {
             "workload": name,
             "load": load,
@@ -129,7 +136,40 @@ async def _grid(
         else:
             row["sim"] = figures(simulated(fleet, workload))
             print(told(row), flush=True)
+        if STAMPS in os.environ:
+            await _clear(server)  # so that they are written
+            print(*_took(fleet, begun), sep="\n", flush=True)
         yield row
+
+
+def _took(fleet: Calibration, since: float) -> Iterator[str]:
+    """Say what stamped steps took on average, and what is fitted, by their kind."""
+    at = Path(os.environ[STAMPS])
+    files = sorted(
+        at.parent.glob(f"{at.name}.*"), key=lambda file: int(file.suffix[1:])
+    )
+    for worker, file in zip(fleet.workers, files, strict=True):
+        machine = fleet.machines[worker.machine]
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        last = 0.0
+        for line in file.read_text().splitlines():
+            begun, _, _, seen, parts, *rest = json.loads(line)
+            if begun >= since:
+                tokens = sum(own for own, _ in parts)
+                fitted = machine.step_s(tokens, merged_context(parts), *rest)
+                kind = " beside ".join(
+                    [*["prompts"] * bool(tokens), *["answers"] * bool(rest[0])]
+                )
+                # One that was scheduled ahead follows the outcome before it.
+                took_s = seen - max(begun, last)
+                kinds.setdefault(kind, []).append((took_s, fitted))
+            last = seen
+        for kind, pairs in kinds.items():
+            took, fitted = 1e3 * np.mean(pairs, axis=0)
+            yield (
+                f"  {worker.id}: {len(pairs)} steps of {kind}: {took:.1f} ms,"
+                f" fitted {fitted:.1f} ({fitted / took - 1:+.1%})"
+            )
 
 
 async def _clear(server: Server) -> None:
@@ -144,6 +184,9 @@ async def _clear(server: Server) -> None:
 
 def _engine(site: Site, model: str) -> VllmEngine:
     options = {"load_format": "dummy", "skip_tokenizer_init": True, **site.options}
+    if STAMPS in os.environ:
+        kind = "InTurn" if site.sizes.shared else "Ahead"
+        options["scheduler_cls"] = f"_stamped.{kind}"
     return VllmEngine(model, names=["shape"], options=options)
 
 

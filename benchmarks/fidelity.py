@@ -12,6 +12,7 @@ of what the modelled fleet keeps up with is then sent to the engines by
 `LoadGenerator`, and simulated with the same router on the same requests.  Nothing
 is fitted to these.  So with each of four workloads.  `--again` simulates anew what
 `--json` kept, with its own probe or that of another run, and needs no engine.
+`--stamps` has vLLM's scheduler write down each step, and says what they took.
 
 On CPUs a model of four layers, one core an engine; with `--gpu` one engine of the
 shape of Qwen2.5-7B.
@@ -43,12 +44,15 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", metavar="WORKLOAD:LOAD")
     parser.add_argument("--again", type=Path, metavar="JSON")
     parser.add_argument("--probe", type=Path, metavar="JSON")
+    parser.add_argument("--stamps", type=Path, help="files of what each step took")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Answers of so many requests are handled without a look at whose turn it is.
     os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "4")
+    if options.stamps:
+        os.environ["LLMD_STAMPS"] = str(options.stamps.absolute())
     site, engines = (GPU, 1) if options.gpu else (CPU, 2)
     cells = [(name, load) for name in NAMES for load in LOADS]
     if options.cells:
