@@ -14,8 +14,8 @@ is fitted to these.  So with each of four workloads.  `--again` simulates anew w
 `--json` kept, with its own probe or that of another run, and needs no engine.
 `--stamps` has vLLM's scheduler write down each step, and says what they took.
 
-On CPUs a model of four layers, one core an engine; with `--gpu` one engine of the
-shape of Qwen2.5-7B.
+On CPUs a model of many narrow layers, one core an engine; with `--gpu` one engine of
+the shape of Qwen2.5-7B.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from .prober import Prober, together
 
 _log = logging.getLogger(__name__)
 _POOR = 0.1
+"""Of the median error of a fit: on engines that it fits it was 1 to 4 %."""
 
 
 async def calibrate(
@@ -77,7 +78,7 @@ async def calibrate(
     finally:
         cluster.router = router
     if asked.others:
-        raise EngineError(f"others asked for {asked.others} answers meanwhile")
+        raise EngineError("others asked these engines meanwhile: probe them again")
     facts = {worker.id: worker for worker in _apart(workers.facts)}
     found = [prober.found(facts[prober.worker]) for prober in probers]
     try:
@@ -92,7 +93,7 @@ def _calibration(found: list[Probed], config: Any, ahead: bool) -> Calibration:
         engines=tuple(found),
         step_tokens=scheduler.max_num_batched_tokens,
         steps_ahead=int(ahead),
-        graph_tokens=graph_tokens(config),
+        graph_tokens=_graph_tokens(config),
         by_priority=scheduler.policy == "priority",
         **_bytes(config),
     )
@@ -107,7 +108,7 @@ class Asked(Router):
     """Sends a request to the worker that its session names.
 
     Attributes:
-        others: Requests that named none.
+        others: How often it was asked about a request that names none.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class Asked(Router):
         return np.array([float(id != request.session) for id in view.workers.ids])
 
 
-def graph_tokens(config: Any) -> float:
+def _graph_tokens(config: Any) -> float:
     """Return the tokens of the largest step with a prompt that is a CUDA graph."""
     graphs = config.compilation_config
     if not graphs.cudagraph_mode.has_piecewise_cudagraphs():
@@ -173,7 +174,7 @@ def _vllm(id: str, engine: object) -> VllmEngine:
 
 
 async def _clear(engines: Iterable[VllmEngine]) -> None:
-    """Empty their caches."""
+    """Empty their caches, and let the index hear of it."""
     for engine in engines:
         await engine._llm.reset_prefix_cache()
     await asyncio.sleep(0.5)
