@@ -3,13 +3,17 @@
 import asyncio
 import os
 import signal
+from collections import Counter
 
+import attrs
 import pytest
 from tests.vllm.conftest import OPTIONS
 
 import llmd
 from llmd.adapters.vllm.engine import VllmEngine
-from llmd.adapters.vllm.probe import calibrate
+from llmd.adapters.vllm.probe import Asked, calibrate
+from llmd.adapters.vllm.probe_sizes import Sizes
+from llmd.adapters.vllm.prober import Prober
 from llmd.errors import EngineError
 from llmd.live import Server
 from llmd.sim import Calibration, simulate, workloads
@@ -59,6 +63,25 @@ async def test_a_fleet_is_simulated_as_it_was_probed(server, tmp_path):
         server.cluster.view.cached_tokens(llmd.Request(id="x", prompt=range(100))).sum()
         == 0
     )
+
+
+async def test_a_host_beside_a_gpu_is_looked_at_three_times(server):
+    """As engines on a GPU are probed: what launches take, and late first tokens."""
+    config = server.engines["a"]._llm.vllm_config
+    sizes = attrs.evolve(Sizes.of(config), shared=False, rest_s=0.0, answer=30)
+    prober, router = Prober(server, "a", sizes, ahead=True), server.cluster.router
+    server.cluster.router = Asked()
+    try:
+        async with asyncio.timeout(240):
+            await prober.run()
+    finally:
+        server.cluster.router = router
+    batches = sizes.beside[1:]
+    assert [requests for requests, _ in prober.launches] == [*batches]
+    assert all(seconds > 0 for _, seconds in prober.launches)
+    launched = [s for s in prober.steps if s.prefill_tokens == min(sizes.prompts)]
+    assert len(launched) >= 2 * len(batches)
+    assert Counter(requests for requests, _ in prober.late) == dict.fromkeys(batches, 6)
 
 
 async def test_an_engine_that_is_busy_is_not_probed(server):

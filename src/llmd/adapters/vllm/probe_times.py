@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import attrs
 import numpy as np
@@ -31,6 +33,44 @@ class First:
     @property
     def late_s(self) -> float:
         return self.came - self.stamp
+
+
+@attrs.frozen
+class Launch:
+    """What the host took to launch a step with a prompt, and the step behind it.
+
+    Attributes:
+        requests: Those that the prompt joined.
+        tokens: Of the prompt, without what was cached.
+        cached: Tokens of it that were.
+        prompt_s: For the step with the prompt.
+        next_s: For the next.
+    """
+
+    requests: int
+    tokens: int
+    cached: int
+    prompt_s: float
+    next_s: float
+
+
+def usual(launches: Iterable[Launch]) -> list[Launch]:
+    """Return the median of those that are alike: a host is slow for seconds.
+
+    >>> usual([Launch(4, 64, 0, s, s / 4) for s in (0.012, 0.020, 0.012)])
+    [Launch(requests=4, tokens=64, cached=0, prompt_s=0.012, next_s=0.003)]
+    """
+    alike: dict[tuple[int, int, int], list[Launch]] = defaultdict(list)
+    for one in launches:
+        alike[one.requests, one.tokens, one.cached].append(one)
+    return [
+        Launch(
+            *sizes,
+            statistics.median(one.prompt_s for one in found),
+            statistics.median(one.next_s for one in found),
+        )
+        for sizes, found in alike.items()
+    ]
 
 
 def longer(times: Sequence[float], asked: float, came: float, steps: int) -> float:

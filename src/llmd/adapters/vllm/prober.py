@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -18,11 +19,13 @@ from ...machines.fit import Step
 from ...sim.calibration import Probed
 from ...types import Request, Worker
 from .probe_sizes import Sizes
-from .probe_times import First, launch, longer
+from .probe_times import First, Launch, launch, longer, usual
 
 _T = TypeVar("_T")
 _JOINING = 3
 """Prompts, one after the other, whose steps are told apart by their sum only."""
+_LOOKED_AT = 2
+"""Prompts, one after the other, at each look at the host."""
 _WEIGHT = 4
 """Steps that many were averaged for count as so many."""
 _HOT = 24
@@ -52,6 +55,7 @@ class Prober:
     launches: list[tuple[int, float]] = attrs.field(factory=list)
     late: list[tuple[int, float]] = attrs.field(factory=list)
     _count: Any = attrs.field(factory=itertools.count, init=False)
+    _launches: list[Launch] = attrs.field(factory=list, init=False)
     _drawn_heads: list[list[int]] = attrs.field(factory=list, init=False)
     _rng: Any = attrs.field(factory=lambda: np.random.default_rng(5), init=False)
 
@@ -61,16 +65,20 @@ class Prober:
         await self.prefill(max(sizes.prompts), [])
         await self.decode(max(sizes.batches), 32)
         del self.steps[steps:], self.rests[rests:]  # that was to warm up
+        await self._look_at_host()
         for context in sizes.contexts:
             (head,) = await self._heads(1, context)
             for tokens in sizes.prompts:
                 await self.prefill(tokens, head)
+        await self._look_at_host()
         for context in (32, *sizes.contexts[1:]):
             for requests in sizes.batches:
                 if requests * context <= sizes.cached:
                     await self.decode(requests, context)
         if beside := sizes.beside:
             await self._all_joined(beside)
+        await self._look_at_host()
+        self._add_launches()
         if sizes.shared:
             await self._chunks(min(4, (sizes.longest - 1) // sizes.step_tokens))
 
@@ -80,13 +88,21 @@ class Prober:
         some = sizes.joining, beside[-1::-2][:2], (False, True)
         for tokens, requests, cached in itertools.product(*some):
             await self._mixed(tokens, requests, context, cached=cached)
+        if sizes.fills and not sizes.shared:
+            await self._hot(beside[-2:][0])
+
+    async def _look_at_host(self) -> None:
+        """Time what a host does for steps and tokens, where it does little else.
+
+        Others may use it too and make it slow for seconds, which the few of these
+        would all be in: so there are several looks, far apart.
+        """
+        sizes = self.sizes
         if sizes.shared:
             return
-        if sizes.fills:
-            await self._hot(beside[-2:][0])
-        for requests in beside[1:]:
+        for requests in sizes.beside[1:]:
             if self.ahead:
-                await self._launched(min(sizes.prompts), requests, context)
+                await self._launched(min(sizes.prompts), requests, sizes.contexts[1])
             await self._crowded(min(sizes.prompts), requests)
 
     def found(self, worker: Worker) -> Probed:
@@ -201,9 +217,9 @@ class Prober:
         The longest gap is that launch; while the prompt is computed the next step
         is launched, which has none: the gap behind it.
         """
-        heads, launched = await self._heads(requests, context), []
+        heads = await self._heads(requests, context)
         for head in ([], heads[0]):
-            drawn = [self._tokens(tokens) for _ in range(2 * _JOINING)]
+            drawn = [self._tokens(tokens) for _ in range(_LOOKED_AT)]
             prompts = [[[*head, *own]] for own in drawn]
             found, running = await self._joined(heads, prompts, self._told, 0.05)
             gaps = [
@@ -211,19 +227,24 @@ class Prober:
                 for first in found
                 for times in running[:8]
             ]
-            long, short = (
-                statistics.mean(column) for column in zip(*gaps, strict=True)
-            )
-            launched.append(short)
-            self.steps += [Step(tokens, len(head), 0, 0, long)] * _WEIGHT
-        self.launches.append((requests, statistics.mean(launched)))
+            mean = map(statistics.mean, zip(*gaps, strict=True))
+            self._launches.append(Launch(requests, tokens, len(head), *mean))
+
+    def _add_launches(self) -> None:
+        found, short = usual(self._launches), defaultdict(list)
+        for one in found:
+            step = Step(one.tokens, one.cached, 0, 0, one.prompt_s)
+            self.steps += [step] * _WEIGHT
+            short[one.requests].append(one.next_s)
+        self.launches += [(size, statistics.mean(s)) for size, s in short.items()]
+        self._launches.clear()
 
     async def _crowded(self, tokens: int, requests: int) -> None:
         """See how late a first token is that comes with those of *requests*.
 
         The process that hands tokens out has to do so for all of them.
         """
-        drawn = [[self._drawn(tokens)] for _ in range(2 * _JOINING)]
+        drawn = [[self._drawn(tokens)] for _ in range(_LOOKED_AT)]
         heads = await self._heads(requests, 32)
         found, _ = await self._joined(heads, drawn, self._told_served, 0.05)
         self.late += [(requests, first.late_s) for first in found]
