@@ -32,7 +32,7 @@ QUIET = {
 }
 
 
-def in_engine(session: nox.Session, *command: str) -> None:
+def in_engine(session: nox.Session, *command: str, **env: str) -> None:
     """Run Python with vLLM for CPUs, NIXL, llmd and what its tests need."""
     python = str(ENGINE / "bin" / "python")
     if not ENGINE.exists():
@@ -44,7 +44,7 @@ def in_engine(session: nox.Session, *command: str) -> None:
         ("-e", "."),
     ):
         session.run(*pip, *what, external=True)
-    session.run(python, *command, env=QUIET, external=True)
+    session.run(python, *command, env={**QUIET, **env}, external=True)
 
 
 @nox.session
@@ -96,6 +96,9 @@ def vllm(session: nox.Session) -> None:
 def nixl(session: nox.Session) -> None:
     """Run the tests of KV transfer between real processes."""
     in_engine(session, "-m", "pytest", "-m", "not vllm", "tests/transport")
+    # Where there is no compiler: no rings, and checksums block by block.
+    pure = ("tests/transport/test_faults.py", "tests/transport/test_blocks.py")
+    in_engine(session, "-m", "pytest", "-q", *pure, LLMD_PURE="1")
 
 
 @nox.session(venv_backend="none")

@@ -384,7 +384,7 @@ def runs(end, run, threads):
 def staging(end):
     """Return gather(), scatter() and the checksums of what is there and was sent."""
     if DEVICE != "cuda":
-        from llmd.adapters.nixl.slab import xxh3
+        from llmd.adapters.nixl.blocks import xxh3
 
         def sums(first, last, slots):
             return xxh3(end.stage[first:last].numpy(), slots)

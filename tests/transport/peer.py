@@ -45,22 +45,35 @@ def damage_writes(times):
     """Flip a byte of the next writes on their way; memory here is as before."""
     from llmd.adapters.nixl.carrier import Carrier
 
-    honest = Carrier._write
-    left = [times]
+    copy, sums, write = Carrier._copy, Carrier._sums, Carrier._write
+    left, changed = [times], []
 
-    def write(self, what):
-        slab = self.slab.owner
-        if not left[0]:
-            return honest(self, what)
-        left[0] -= 1
-        byte = (what.layer, what.source[0], 1234)
-        slab[byte] ^= 1
-        try:
-            return honest(self, what)
-        finally:
-            slab[byte] ^= 1
+    def damaged_copy(self, what, mapped):
+        """Copy, and change what was copied before the peer is told."""
+        frame = copy(self, what, mapped)
+        if left[0]:
+            left[0] -= 1
+            at = mapped.bases[what.layer] - mapped.memory.ctypes.data
+            at += int(what.target[0]) * LAYOUT.block_bytes + 1234
+            mapped.memory[at] ^= 1
+        return frame
 
-    Carrier._write = write
+    def sums_before(self, first, last, blocks):
+        """Checksum, and change what is about to be written."""
+        found = sums(self, first, last, blocks)
+        if left[0]:
+            left[0] -= 1
+            changed.append((first, blocks[0], 1234))
+            self.slab.owner[changed[0]] ^= 1
+        return found
+
+    def changed_back(self, what):
+        write(self, what)
+        if changed:
+            self.slab.owner[changed.pop()] ^= 1
+
+    Carrier._copy, Carrier._sums = damaged_copy, sums_before
+    Carrier._write = changed_back
 
 
 def serve(pipe, seed, damaged, mapped):

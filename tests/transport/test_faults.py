@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peer as p
 
 from llmd.errors import TransferError
+from llmd.native import loops
 from llmd.transport import (
     BlocksFreed,
     Fetch,
@@ -112,6 +114,60 @@ def test_bytes_that_never_arrive_whole_are_an_error(here, peers):
     id = fetch(here, peer, [5, 6, 7])
     p.wait_for(lambda: here.freed(id))
     assert "damaged 3 times" in here.ended(id).error
+
+
+@pytest.mark.skipif(loops is None, reason="no rings here")
+@pytest.mark.parametrize("mapped", [True], indirect=True)
+def test_peers_that_map_each_other_talk_through_memory(here, peers):
+    peer = peers()
+    for blocks in [5, 6, 7], [8, 9]:
+        id = fetch(here, peer, blocks)
+        p.wait_for(lambda id=id: here.freed(id))
+        assert here.ended(id).error is None
+    (reached,) = here.transport._carrier._reached.values()
+    assert reached.mail.memory[:8].any(), "the peer has taken frames out"
+    (inbox,) = here.transport._carrier._inbox.values()
+    assert inbox.memory[:8].any(), "and so has this one"
+
+
+@pytest.mark.skipif(loops is None, reason="no rings here")
+@pytest.mark.parametrize("mapped", [True], indirect=True)
+def test_who_puts_nonsense_into_a_ring_is_heard_by_nixl_only(here, peers):
+    peer = peers()
+    id = fetch(here, peer, [5, 6, 7])
+    p.wait_for(lambda: here.freed(id))
+    (reached,) = here.transport._carrier._reached.values()
+    ring = reached.mail.memory
+    ring[64 + 4] ^= 1  # four billion bytes, it says
+    p.wait_for(lambda: ring[128] == 0)
+    assert peer.do("counts")["forged"] == 1
+    id = fetch(here, peer, [8, 9])
+    p.wait_for(lambda: here.freed(id))
+    assert here.ended(id).error is None
+    assert (here.slab[:, [8, 9]] == peer.slab[:, [8, 9]]).all()
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_slabs_may_have_checksums_of_their_own(mapped, gathered):
+    def own(slab):
+        def sums(first, last, blocks):
+            return slab.owner[first:last, blocks].sum(axis=2, dtype=np.uint64).ravel()
+
+        known = sums if gathered else None
+        return attrs.evolve(slab, sums=sums, gathered=known, xxh3=False)
+
+    slabs = [own(p.slab_of(p.fill(seed), mapped)) for seed in (1, 2)]
+    with p.transport(slabs[0]) as source, p.transport(slabs[1]) as target:
+        id = TransferId.fresh("r")
+        source.offer(Offer(id=id, blocks=[3, 5]))
+        peer = target.connect(source.address())
+        target.fetch(Fetch(id=id, peer=peer, blocks=[8, 7]))
+        reports = []
+        p.wait_for(lambda: reports.extend(target.poll()) or len(reports) == 2)
+        assert reports[0].error is None
+        assert reports[0].retransmitted_blocks == 0
+    assert (slabs[1].owner[:, [8, 7]] == slabs[0].owner[:, [3, 5]]).all()
 
 
 @pytest.mark.parametrize("mapped", [True], indirect=True)

@@ -8,17 +8,15 @@ import subprocess
 import sys
 
 import attrs
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
 
 pytest.importorskip("xxhash")
 
-from llmd.adapters.nixl.shared import Mapped, SharedMemory, copy_blocks, copy_in_python
+from llmd.adapters.nixl.blocks import packed
+from llmd.adapters.nixl.shared import Mapped, SharedMemory
 from llmd.adapters.nixl.slab import Slab
 from llmd.errors import TransferError
-from llmd.native import loops
 from llmd.transport import Layout
 from llmd.transport.handshake import Address
 
@@ -54,6 +52,7 @@ import sys
 
 import numpy as np
 
+from llmd.adapters.nixl.blocks import packed
 from llmd.adapters.nixl.shared import Mapped
 from llmd.transport import Layout
 from llmd.transport.handshake import Address
@@ -62,7 +61,7 @@ layout = Layout(model="m", dtype="u8", layers=2, block_tokens=1, block_bytes=409
 address = Address.verify(bytes.fromhex(sys.argv[1]), b"k" * 32, layout)
 source = np.full((3, 4096), 7, np.uint8)
 come, go = np.array([0, 2], np.int32), np.array([5, 3], np.int32)
-Mapped.of(address).copy(source.ctypes.data, 1, come, go)
+Mapped.of(address).copy(packed([source.ctypes.data]), 1, come, go)
 """
 
 
@@ -80,7 +79,7 @@ def test_blocks_that_are_not_there_are_refused_before_any_is_written(slab, block
     mapped = Mapped.of(address_of(slab))
     source = np.full((2, LAYOUT.block_bytes), 7, np.uint8)
     with pytest.raises(ValueError, match="not one of 6"):
-        mapped.copy(source.ctypes.data, 0, int32(0, 1), int32(2, block))
+        mapped.copy(packed([source.ctypes.data]), 0, int32(0, 1), int32(2, block))
     assert not slab.owner.any()
 
 
@@ -122,7 +121,7 @@ def test_memory_goes_when_nobody_holds_it():
     assert descriptors_of(name) == 1
     # Still mapped here: a source may copy into what its target has left.
     source = np.zeros((1, LAYOUT.block_bytes), np.uint8)
-    mapped.copy(source.ctypes.data, 0, int32(0), int32(0))
+    mapped.copy(packed([source.ctypes.data]), 0, int32(0), int32(0))
     del mapped
     gc.collect()
     assert descriptors_of(name) == 0
@@ -161,28 +160,3 @@ def test_a_slab_of_nothing_is_refused(blocks):
         Slab.allocate(LAYOUT, blocks)
     with pytest.raises(TransferError):
         SharedMemory(blocks)
-
-
-@pytest.mark.skipif(loops is None, reason="no compiled loops here")
-@given(
-    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7))),
-    st.sampled_from([1, 16, 63, 64, 100, 192]),
-)
-def test_the_compiled_copy_does_what_its_twin_does(pairs, block_bytes):
-    rng = np.random.default_rng(1)
-    source = rng.integers(0, 256, (8, block_bytes), dtype=np.uint8)
-    come, go = int32(*[a for a, _ in pairs]), int32(*[b for _, b in pairs])
-    both = [np.zeros_like(source), np.zeros_like(source)]
-    for copy, target in zip((copy_blocks, copy_in_python), both, strict=True):
-        copy(source.ctypes.data, target.ctypes.data, come, go, block_bytes, 8)
-    assert (both[0] == both[1]).all()
-
-
-@pytest.mark.parametrize("copy", [copy_blocks, copy_in_python])
-@pytest.mark.parametrize(
-    ("come", "go"), [((0, 0), (0,)), ((0,), (1,)), ((0,), (-1,)), ((), (0,))]
-)
-def test_copies_that_cannot_be_are_refused(copy, come, go):
-    block = np.zeros(8, np.uint8).ctypes.data
-    with pytest.raises(ValueError, match=r"block|longer|shorter"):
-        copy(block, block, int32(*come), int32(*go), 8, 1)

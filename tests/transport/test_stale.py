@@ -39,7 +39,7 @@ def target():
 
 def data(target, of_layer, **changes):
     sums = target.sums(of_layer, of_layer + 1, np.array([2, 3]))
-    frame = Frame(Kind.DATA, ID, of_layer, values=sums, blocks=2)
+    frame = Frame(Kind.DATA, ID, of_layer, values=sums.tobytes(), blocks=2)
     return frame._replace(**changes).seal(KEY, "s", "t")
 
 
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_dropped(target, change):
 def test_what_another_peer_says_of_it_is_dropped(target):
     target.meet("x", 0.0)
     sums = target.sums(0, 1, np.array([2, 3]))
-    frame = Frame(Kind.DATA, ID, 0, values=sums, blocks=2).seal(KEY, "x", "t")
+    frame = Frame(Kind.DATA, ID, 0, values=sums.tobytes(), blocks=2).seal(KEY, "x", "t")
     assert hear(target, frame, sender="x") == []
     fail = Frame(Kind.FAIL, ID, text=b"no").seal(KEY, "x", "t")
     assert hear(target, fail, sender="x") == []
@@ -105,7 +105,8 @@ class Source:
         self.end = Endpoint("s", KEY, LAYOUT, 8, settings=settings)
         self.end.meet("t", 0.0)
         self.end.offer(Offer(id=ID, blocks=[0, 1]), 0.0)
-        self.hear(Frame(Kind.ASK, ID, values=np.array([4, 5]), text=b"9000"))
+        blocks = np.array([4, 5], np.uint64).tobytes()
+        self.hear(Frame(Kind.ASK, ID, values=blocks, text=b"9000"))
         while self.end.pump():
             pass
         self.writes = [e for e in self.end.outbox.effects if isinstance(e, Write)]

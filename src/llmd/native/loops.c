@@ -1,18 +1,20 @@
 /* The inner loops of an arrival, naming prefixes, sets of workers by name, and
- * what a prompt delays; and of a transfer, copies of blocks.
+ * what a prompt delays; and of a transfer, copies of blocks and what is said of them.
  *
- * Everything here has a twin in Python, `hashing.Hasher`,
+ * All but the last has a twin in Python, `hashing.Hasher`,
  * `index.holders.PlainHolders`, `router.delay.LeastDelay` and
  * `adapters.nixl.shared.copy_in_python`, which says what is meant, runs where no
- * compiler was at hand, and is what the tests compare with.  Only the buffer
+ * compiler was at hand, and is what the tests compare with.  Without rings NIXL
+ * carries what is said.  Only the buffer
  * protocol is used, so building needs Python's own headers and no others.
  */
 
 #define PY_SSIZE_T_CLEAN
-#include "copies.h"
+#include "blocks.h"
 #include "delays.h"
 #include "depths.h"
 #include "names.h"
+#include "rings.h"
 
 static PyTypeObject TableType;
 
@@ -355,11 +357,16 @@ static PyTypeObject TableType = {
 };
 
 static PyMethodDef functions[] = {
+    {"block_sums", FAST(block_sums), block_sums_doc},
     {"copy_blocks", FAST(copy_blocks), copy_blocks_doc},
     {"token_ids", FAST(token_ids), token_ids_doc},
     {"fold", FAST(fold), fold_doc},
     {"beyond", (PyCFunction)beyond, METH_O, beyond_doc},
     {"delays", FAST(delays), delays_doc},
+    {"ring_put", FAST(ring_put), ring_put_doc},
+    {"ring_take", FAST(ring_take), ring_take_doc},
+    {"watch", FAST(watch), watch_doc},
+    {"ring", FAST(ring), ring_doc},
     {NULL},
 };
 

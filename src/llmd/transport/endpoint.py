@@ -25,7 +25,7 @@ from ..errors import CircuitOpen, TransferError
 from .breaker import CircuitBreaker
 from .frames import Frame, Kind
 from .interface import Fetch, Layout, Offer, PeerId, TransferId
-from .outbox import Drop, Meet, Outbox, Settings, Sums
+from .outbox import Drop, Listen, Meet, Outbox, Settings, Sums
 from .sources import Sources
 from .targets import Targets
 
@@ -63,8 +63,7 @@ class Endpoint:
         layout: Of the slab.
         blocks: In each layer of it.
         sums: Checksums blocks of the slab; None trusts the carrier.
-        gathered: The same for blocks that are offered, where somebody knows it
-            already; None asks *sums*.
+        summed_by_driver: It adds the checksums to what is said of a write.
         settings: How transfers are cut, watched and retried.
         address: What peers need to reach this one, signed.
         outbox: Effects and reports for the driver to take away.
@@ -78,7 +77,7 @@ class Endpoint:
     sums: Sums | None = None
     settings: Settings = attrs.field(factory=Settings)
     address: bytes = b""
-    gathered: Sums | None = None
+    summed_by_driver: bool = False
     outbox: Outbox = attrs.field(factory=Outbox, init=False)
     peers: dict[PeerId, Peer] = attrs.field(factory=dict, init=False)
     sources: Sources = attrs.field(init=False)
@@ -87,7 +86,7 @@ class Endpoint:
     def __attrs_post_init__(self) -> None:
         layers, settings = self.layout.layers, self.settings
         piece_blocks = max(1, settings.piece_bytes // self.layout.block_bytes)
-        sent = self.gathered or self.sums
+        sent = None if self.summed_by_driver else self.sums
         self.sources = Sources(layers, piece_blocks, sent, settings, self.outbox)
         self.targets = Targets(layers, self.sums, settings, self.outbox)
 
@@ -139,7 +138,11 @@ class Endpoint:
             frame = Frame.unseal(data, self.key, sender, self.id)
         except (TransferError, ValueError):
             self.outbox.counts["forged"] += 1
-            return
+        else:
+            self.take(sender, frame, now)
+
+    def take(self, sender: PeerId, frame: Frame, now: float) -> None:
+        """Take in a frame that is the sender's beyond doubt."""
         peer = self.peers.get(sender)
         if peer is None or (peer.hung and frame.kind is Kind.HELLO):
             if frame.kind is not Kind.HELLO:
@@ -202,17 +205,20 @@ class Endpoint:
 
     def _act(self, sender: PeerId, peer: Peer, frame: Frame, now: float) -> None:
         match frame.kind:
+            case Kind.DATA:
+                if self.targets.data(sender, frame, now):
+                    peer.breaker.succeeded()
             case Kind.ASK:
                 self.sources.ask(sender, frame, now)
             case Kind.ACK | Kind.NACK:
                 self.sources.answered(sender, frame, now)
             case Kind.ABORT:
                 self.sources.abort(sender, frame, now)
-            case Kind.DATA:
-                if self.targets.data(sender, frame, now):
-                    peer.breaker.succeeded()
             case Kind.FAIL:
                 self.targets.stopped(sender, frame, now)
+            case Kind.MAIL:
+                where = frame.text.decode(errors="replace")
+                self.outbox.effects.append(Listen(sender, where))
             case Kind.BYE:
                 self.outbox.effects.append(Drop(sender))
                 self.died(sender, "the peer closed", now)

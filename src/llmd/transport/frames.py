@@ -3,7 +3,7 @@
     kind, version, attempt, layer, layers, start, blocks, generation, lengths |
     request | text | values | seal
 
-Little endian.  `values` are unsigned 64-bit numbers whose meaning depends on
+Little endian.  `values` are unsigned numbers of 8 bytes whose meaning depends on
 the kind.  The seal is half of an HMAC with SHA-256 (RFC 2104) over the ids of
 sender and receiver, both of which are new with every start, and the frame: so it
 can be neither forged without the key nor replayed into another connection.
@@ -25,13 +25,12 @@ from numpy.typing import NDArray
 from ..errors import TransferError
 from .interface import PeerId, TransferId
 
-VERSION = 3
+VERSION = 4
 _HEAD = struct.Struct("<BBHHHIIQHII")
 _SEAL_BYTES = 16
 _BLOCK_BYTES = 64
 """Of SHA-256."""
 _NONE = TransferId("", 0)
-_NOTHING: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
 Words = NDArray[np.uint64]
 
@@ -60,6 +59,11 @@ class Kind(enum.IntEnum):
     """The sender is alive."""
     BYE = 9
     """The sender closes; no write of it is or will be in flight."""
+    MAIL = 10
+    """Text is where the sender puts frames as well, in words of its carrier."""
+
+
+_KINDS = {int(kind): kind for kind in Kind}
 
 
 class Frame(NamedTuple):
@@ -76,13 +80,28 @@ class Frame(NamedTuple):
     layer: int = 0
     attempt: int = 0
     start: int = 0
-    values: Words = _NOTHING
+    values: bytes = b""
     text: bytes = b""
     layers: int = 1
     blocks: int = 0
 
+    @property
+    def numbers(self) -> Words:
+        """The values, shape (n,)."""
+        return np.frombuffer(self.values, np.uint64)
+
+    def with_values(self, values: bytes) -> Frame:
+        """Return the same with other values; `_replace` takes longer."""
+        kind, id, layer, attempt, start, _, text, layers, blocks = self
+        return Frame(kind, id, layer, attempt, start, values, text, layers, blocks)
+
     def seal(self, key: bytes, sender: PeerId, receiver: PeerId) -> bytes:
-        """Return the bytes to send."""
+        """Return the bytes to send where others could write too."""
+        body = self.pack()
+        return body + _seal(body, key, sender, receiver)
+
+    def pack(self) -> bytes:
+        """Return the bytes to send where nobody else can write."""
         request = self.id.request.encode()
         head = _HEAD.pack(
             self.kind,
@@ -95,10 +114,9 @@ class Frame(NamedTuple):
             self.id.generation,
             len(request),
             len(self.text),
-            len(self.values),
+            len(self.values) // 8,
         )
-        body = b"".join((head, request, self.text, self.values.tobytes()))
-        return body + _seal(body, key, sender, receiver)
+        return b"".join((head, request, self.text, self.values))
 
     @classmethod
     def unseal(cls, data: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> Frame:
@@ -110,19 +128,30 @@ class Frame(NamedTuple):
         body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
         if not hmac.compare_digest(seal, _seal(body, key, sender, receiver)):
             raise TransferError("a frame is not sealed with the shared key")
+        return cls.unpack(body)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Frame:
+        """Return the frame that was packed.
+
+        Raises:
+            TransferError: It is of another version.
+            ValueError: It is none.
+        """
+        if len(body) < _HEAD.size:
+            raise ValueError(f"{len(body)} bytes are no frame")
         head = _HEAD.unpack_from(body)
         kind, version, attempt, layer, layers, start, blocks, generation = head[:8]
-        if version != VERSION:
+        if version != VERSION or kind not in _KINDS:
             raise TransferError(f"frame version {version} there, {VERSION} here")
-        request_bytes, text_bytes, count = head[8:]
-        text_at = _HEAD.size + request_bytes
-        values_at = text_at + text_bytes
+        text_at = _HEAD.size + head[8]
+        values_at = text_at + head[9]
         id = TransferId(body[_HEAD.size : text_at].decode(), generation)
-        values = _NOTHING
-        if count:
-            values = np.frombuffer(body, np.uint64, count, values_at)
-        text = body[text_at:values_at]
-        return cls(Kind(kind), id, layer, attempt, start, values, text, layers, blocks)
+        text, values = body[text_at:values_at], body[values_at:]
+        if len(values) != 8 * head[10]:
+            raise ValueError(f"{len(values)} bytes of {head[10]} values")
+        known = _KINDS[kind]
+        return cls(known, id, layer, attempt, start, values, text, layers, blocks)
 
 
 def about(kind: Kind, id: TransferId, text: str = "") -> Frame:

@@ -128,8 +128,7 @@ class Fetch:
     timeout_s: float = 10.0
 
 
-@attrs.frozen
-class TransferEnded:
+class TransferEnded(NamedTuple):
     """The outcome of a transfer is known.
 
     Attributes:
@@ -147,8 +146,7 @@ class TransferEnded:
     retransmitted_blocks: int = 0
 
 
-@attrs.frozen
-class BlocksFreed:
+class BlocksFreed(NamedTuple):
     """No byte of a transfer can move any more: its blocks may be reused."""
 
     id: TransferId

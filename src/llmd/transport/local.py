@@ -18,7 +18,7 @@ from .endpoint import Endpoint
 from .frames import Words
 from .handshake import Address
 from .interface import Fetch, KVTransport, Layout, Offer, PeerId, Report, TransferId
-from .outbox import Blocks, Drop, Effect, Meet, Send, Settings, Write
+from .outbox import Blocks, Drop, Effect, Listen, Meet, Send, Settings, Write
 
 
 @attrs.define(eq=False)
@@ -211,7 +211,7 @@ class LocalTransport(KVTransport):
                     Address.verify(address, mine.key, mine.layout)
                 except TransferError as error:
                     mine.died(peer, str(error), link.now())
-            case Drop():
+            case Drop() | Listen():
                 pass
 
     def _send(self, peer: PeerId, data: bytes) -> None:

@@ -15,12 +15,12 @@ from .frames import Frame, Words
 from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
 
 Blocks: TypeAlias = NDArray[np.int32]
-Sums: TypeAlias = Callable[[int, int, Blocks], Words]
+Sums: TypeAlias = Callable[[int, int, Blocks], "Words | bytes"]
 """Checksums of *blocks* in each layer from the first to before the second,
-layer by layer, shape (layers * n,)."""
+layer by layer, 8 bytes each, layers * n of them."""
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Send:
     """Send *frame* to *peer*."""
 
@@ -28,9 +28,11 @@ class Send:
     frame: Frame
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Write:
     """Copy blocks of some layers to *peer*, then deliver *frame* there.
+
+    Its values are their checksums, which a driver may have to add.
 
     The blocks are the same in each of *layers* layers from *layer*.
 
@@ -63,7 +65,15 @@ class Drop:
     peer: PeerId
 
 
-Effect: TypeAlias = Send | Write | Meet | Drop
+@attrs.frozen
+class Listen:
+    """Look for frames of *peer* in *place* too, if that can be had from here."""
+
+    peer: PeerId
+    place: str
+
+
+Effect: TypeAlias = Send | Write | Meet | Drop | Listen
 
 
 @attrs.frozen(kw_only=True)
@@ -99,11 +109,19 @@ class Settings:
 
 @attrs.define(eq=False)
 class Outbox:
-    """Effects for the driver and reports for the user, in order."""
+    """Effects for the driver and reports for the user, in order.
+
+    Attributes:
+        effects: Those to carry out.
+        reports: Those to hand on.
+        counts: Totals since the start.
+        tell: Called when a report should be handed on without delay.
+    """
 
     effects: deque[Effect] = attrs.field(factory=deque)
     reports: deque[Report] = attrs.field(factory=deque)
     counts: Counter[str] = attrs.field(factory=Counter)
+    tell: Callable[[], object] = attrs.field(default=lambda: None)
 
     def send(self, peer: PeerId, frame: Frame) -> None:
         """Send a frame."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from .frames import Frame, Kind, Words
+from .frames import Frame, Kind
 from .interface import Offer, PeerId
 from .outbox import Blocks, Sums, Write
 
-_NO_SUMS: Words = np.empty(0, dtype=np.uint64)
 
-
-@attrs.frozen
-class Piece:
+class Piece(NamedTuple):
     """A run of blocks of some layers, written at once."""
 
     layer: int
@@ -76,13 +74,14 @@ class Outgoing:
 
     def ask(self, peer: PeerId, frame: Frame, piece_blocks: int) -> str | None:
         """Take in what the peer wants; return why it cannot be, if so."""
-        wanted = len(frame.values)
+        wanted = len(frame.values) // 8
         if wanted > len(self.offer.blocks) - frame.start:
             return (
                 f"{wanted} blocks from {frame.start} on, {len(self.offer.blocks)} are"
             )
-        self.peer, self._source = peer, self._source[frame.start :]
-        self._target = frame.values.astype(np.int32)
+        self.peer = peer
+        self._source = self._source[frame.start : frame.start + wanted]
+        self._target = frame.numbers.astype(np.int32)
         self._left = np.ones((self.layers, wanted), dtype=np.bool_)
         self._missing = self.layers * wanted
         if not wanted:
@@ -118,11 +117,13 @@ class Outgoing:
         """Put a piece in flight."""
         assert self.peer is not None, "a piece was cut before anybody asked"
         self.flying[token] = piece
-        stop = piece.start + piece.blocks
-        source = self._source[piece.start : stop]
-        words = _NO_SUMS
+        source, target = self._source, self._target
+        if piece.blocks < len(target):
+            run = slice(piece.start, piece.start + piece.blocks)
+            source, target = source[run], target[run]
+        words = b""
         if sums is not None:
-            words = sums(piece.layer, piece.layer + piece.layers, source)
+            words = bytes(sums(piece.layer, piece.layer + piece.layers, source))
         frame = Frame(
             Kind.DATA,
             self.offer.id,
@@ -133,7 +134,6 @@ class Outgoing:
             layers=piece.layers,
             blocks=piece.blocks,
         )
-        target = self._target[piece.start : stop]
         return Write(token, self.peer, piece.layer, piece.layers, source, target, frame)
 
     def answered(self, frame: Frame, max_attempts: int) -> None:
@@ -147,7 +147,7 @@ class Outgoing:
             return
         again = np.zeros(left.shape, dtype=np.bool_)
         if frame.kind is Kind.NACK:
-            again.flat[frame.values.astype(np.int64)] = True
+            again.flat[frame.numbers.astype(np.int64)] = True
             self._again(frame, again)
         self._missing -= int(np.count_nonzero(left & ~again))
         left &= again
@@ -181,6 +181,9 @@ class Outgoing:
     def _cut(self, layer: int, layers: int, piece_blocks: int) -> None:
         """Queue some layers, as many at once as one piece takes."""
         wanted, stop = len(self._target), layer + layers
+        if layers * wanted <= piece_blocks:
+            self._queue.append(Piece(layer, 0, wanted, layers=layers))
+            return
         together = max(1, piece_blocks // wanted)
         for first in range(layer, stop, together):
             for start in range(0, wanted, piece_blocks):

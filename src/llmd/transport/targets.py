@@ -60,15 +60,20 @@ class Incoming:
             return None
         due, run = self._due[frame.layer : last], slice(frame.start, stop)
         expected = bytes((frame.attempt,)) * frame.blocks
-        if not (due and expected) or any(row[run] != expected for row in due):
+        held = [row[run] for row in due]
+        if not (due and expected) or held != [expected] * len(due):
             return None
         damaged = _NONE
         if sums is not None:
-            found = sums(frame.layer, last, self._blocks[run])
-            if found.shape != frame.values.shape:
+            blocks = self._blocks
+            if frame.blocks < len(blocks):
+                blocks = blocks[run]
+            found = bytes(sums(frame.layer, last, blocks))
+            if len(found) != len(frame.values):
                 return None
-            if found.tobytes() != frame.values.tobytes():
-                damaged = np.flatnonzero(found != frame.values)
+            if found != frame.values:
+                here = np.frombuffer(found, np.uint64)
+                damaged = np.flatnonzero(here != frame.numbers)
         right = bytes((_RIGHT,)) * frame.blocks
         for row in due:
             row[run] = right
@@ -116,7 +121,7 @@ class Targets:
             fetch.id,
             layer=int(fetch.early),
             start=fetch.first,
-            values=np.array(fetch.blocks, dtype=np.uint64),
+            values=np.array(fetch.blocks, dtype=np.uint64).tobytes(),
             text=str(int(1e3 * fetch.timeout_s)).encode(),
         )
         self.outbox.send(fetch.peer, ask)
@@ -139,16 +144,16 @@ class Targets:
                 times = self.settings.max_attempts
                 self.fail(incoming, f"blocks arrived damaged {times} times", now)
                 return False
-            words = damaged.astype(np.uint64)
+            words = damaged.astype(np.uint64).tobytes()
             nack = frame._replace(kind=Kind.NACK, values=words, text=b"")
             self.outbox.send(peer, nack)
             return False
+        if incoming.complete:
+            self._ended(incoming, now)
+            self._free(incoming, now)
+            self.outbox.tell()  # the user, who waits for it, before the source
         self._acknowledge(peer, frame)
-        if not incoming.complete:
-            return False
-        self._ended(incoming, now)
-        self._free(incoming, now)
-        return True
+        return incoming.complete
 
     def stopped(self, peer: PeerId, frame: Frame, now: float) -> bool:
         """Take in FAIL: nothing is in flight; return whether it was news."""

@@ -1,12 +1,14 @@
 """Carries out what an `Endpoint` wants, with a NIXL agent; for one thread only.
 
-Blocks go by a WRITE of NIXL, or by a copy where the peer's slab can be mapped.
+Blocks go by a WRITE of NIXL, or by a copy where the peer's slab can be mapped; what
+is said goes with a WRITE, by a notification, or by `Mail` to such a peer.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +18,22 @@ from numpy.typing import NDArray
 
 from ...errors import TransferError
 from ...transport.endpoint import Endpoint
+from ...transport.frames import Frame, Kind
 from ...transport.handshake import Address
 from ...transport.interface import PeerId
-from ...transport.outbox import Blocks, Drop, Effect, Meet, Send, Write
+from ...transport.outbox import Blocks, Drop, Effect, Listen, Meet, Send, Write
+from .blocks import packed
+from .mail import Mail
 from .shared import Mapped
 from .slab import Slab, descriptors
 
 _log = logging.getLogger(__name__)
 _LOCAL = "NIXL_INIT_AGENT"
 _LOOKS_AT_A_WRITE = 4
+_MESSAGES = 64
+"""Of one peer, at one look."""
+_BY_NIXL = frozenset((Kind.HELLO, Kind.BEAT, Kind.BYE, Kind.MAIL))
+"""Which finds out who is dead, and greets who does not listen yet."""
 _COPIED = object()
 """In place of NIXL's handle of a write: the blocks are there already."""
 
@@ -38,6 +47,8 @@ class _Reached:
     """Its slab, if this process could map it."""
     blocks: Any
     """Prepared descriptors of every block there otherwise, by layer and block."""
+    mail: Mail | None
+    """What is said to it, where its slab is mapped."""
 
 
 @attrs.define(eq=False)
@@ -51,21 +62,24 @@ class Carrier:
     Attributes:
         endpoint: What to carry for.
         slab: What to register, once, in as few regions as it has.
-        tell: Called when there are reports, before the peer is answered.
+        checksums: Of what is written go with it.
         written: Some write has ended well.
         copied: The last was a copy.
     """
 
     endpoint: Endpoint
     slab: Slab
-    tell: Callable[[], object]
+    checksums: bool = True
     written: bool = attrs.field(default=False, init=False)
     copied: bool = attrs.field(default=False, init=False)
     _agent: Any = attrs.field(init=False)
     _local: Any = attrs.field(init=False)
     _registered: Any = attrs.field(init=False)
+    _bases: array[int] = attrs.field(init=False)
     _known: dict[PeerId, Address] = attrs.field(factory=dict, init=False)
     _reached: dict[PeerId, _Reached] = attrs.field(factory=dict, init=False)
+    _inbox: dict[PeerId, Mail] = attrs.field(factory=dict, init=False)
+    """What peers say to this one."""
     _flying: dict[int, tuple[PeerId, Any]] = attrs.field(factory=dict, init=False)
     _kept: list[Any] = attrs.field(factory=list, init=False)
     """Handles that ended badly; data may land after a release, so none is."""
@@ -76,6 +90,7 @@ class Carrier:
         slab, endpoint = self.slab, self.endpoint
         if slab.enter is not None:
             slab.enter()
+        self._bases = packed(slab.bases)
         config = nixl_agent_config(enable_prog_thread=False)
         self._agent = nixl_agent(endpoint.id, config)
         self._registered = self._agent.register_memory(slab.regions(), slab.memory)
@@ -99,26 +114,61 @@ class Carrier:
             self._agent.add_remote_agent(address.metadata)
             mapped = Mapped.of(address) if self.slab.memory == "DRAM" else None
             blocks = None if mapped is not None else self._listed(address)
+            mail = None if mapped is None else Mail.new()
         except Exception as error:
             self.endpoint.died(address.id, f"NIXL refuses the peer: {error}", now)
             return False
         self._known[address.id] = address
-        self._reached[address.id] = _Reached(address, mapped, blocks)
+        self._reached[address.id] = _Reached(address, mapped, blocks, mail)
         return True
 
     def step(self, now: float) -> bool:
         """Take in what arrived and what ended; return whether anything did."""
-        moved = False
-        for sender, messages in self._agent.get_new_notifs().items():
+        moved = self._take_mail(now)
+        notified = self._agent.get_new_notifs()
+        if notified:
+            self._take_mail(now)  # what was said before has to be heard before
+        for sender, messages in notified.items():
             for message in messages:
                 self.endpoint.heard(sender, message, now)
-                if self.endpoint.outbox.reports:
-                    self.tell()
-                self.carry()
+                self._answer()
             moved = True
         for token in list(self._flying):
             moved |= self._check(token, now)
         return moved
+
+    def words(self) -> list[int]:
+        """Return where mail would show, see `Mail.word`, one after the other.
+
+        There are none where something may come that only a `step` finds.
+        """
+        if self._flying or len(self._inbox) != len(self._reached):
+            return []
+        return [part for mail in self._inbox.values() for part in mail.word]
+
+    def _take_mail(self, now: float) -> bool:
+        """Take in what peers have put into their rings; return whether any did."""
+        moved = False
+        for peer, mail in list(self._inbox.items()):
+            try:
+                for _ in range(_MESSAGES):
+                    message = mail.take()
+                    if message is None:
+                        break
+                    self.endpoint.take(peer, Frame.unpack(message), now)
+                    self._answer()
+                    moved = True
+            except (ValueError, TransferError) as error:
+                _log.warning("%s has put nonsense into its ring: %s", peer, error)
+                self.endpoint.outbox.counts["forged"] += 1
+                self._ignore(peer)
+        return moved
+
+    def _answer(self) -> None:
+        """Tell the user what came of a frame, and then its sender."""
+        if self.endpoint.outbox.reports:
+            self.endpoint.outbox.tell()
+        self.carry()
 
     def carry(self) -> None:
         """Carry out all effects, and what can be written now."""
@@ -136,16 +186,43 @@ class Carrier:
 
     def _do(self, effect: Effect) -> None:
         match effect:
-            case Send(peer=peer, frame=frame):
-                data = frame.seal(self.endpoint.key, self.endpoint.id, peer)
-                self._to(peer, lambda: self._agent.send_notif(peer, data))
-            case Write(peer=peer, token=token):
-                if not self._to(peer, lambda: self._write(effect)):
-                    self.endpoint.wrote(token, "the peer died", time.monotonic())
+            case Write():
+                if not self._to(effect.peer, self._write, effect):
+                    now = time.monotonic()
+                    self.endpoint.wrote(effect.token, "the peer died", now)
+            case Send():
+                self._to(effect.peer, self._say, effect.peer, effect.frame)
             case Meet(peer=peer, address=signed):
                 self._meet(peer, signed)
+            case Listen(peer=peer, place=place):
+                self._listen(peer, place)
             case Drop(peer=peer):
                 self._drop(peer)
+
+    def _say(self, peer: PeerId, frame: Frame) -> None:
+        mail = self._reached[peer].mail
+        if mail is not None and frame.kind not in _BY_NIXL and mail.put(frame.pack()):
+            return
+        sealed = frame.seal(self.endpoint.key, self.endpoint.id, peer)
+        self._agent.send_notif(peer, sealed)
+        if mail is not None and frame.kind is Kind.HELLO:
+            self._tell_where(peer, mail)
+
+    def _tell_where(self, peer: PeerId, mail: Mail) -> None:
+        self._say(peer, Frame(Kind.MAIL, text=mail.where.encode()))
+
+    def _listen(self, peer: PeerId, place: str) -> None:
+        known = self._inbox.get(peer)
+        if known is None or known.where != place:
+            self._ignore(peer)
+            mail = Mail.read(place) if self.slab.memory == "DRAM" else None
+            if mail is not None:
+                self._inbox[peer] = mail
+
+    def _ignore(self, peer: PeerId) -> None:
+        mail = self._inbox.pop(peer, None)
+        if mail is not None:
+            mail.close()
 
     def _meet(self, peer: PeerId, signed: bytes) -> None:
         now, mine = time.monotonic(), self.endpoint
@@ -155,20 +232,22 @@ class Carrier:
             _log.warning("a peer was refused: %s", error)
             mine.died(peer, str(error), now)
             return
-        self.reach(address, now)
+        if self.reach(address, now):
+            mail = self._reached[peer].mail
+            if mail is not None:
+                self._to(peer, self._tell_where, peer, mail)
 
-    def _to(self, peer: PeerId, act: Callable[[], object]) -> bool:
+    def _to(self, peer: PeerId, act: Callable[..., object], *what: Any) -> bool:
         """Do something that needs *peer*; return whether it could be done."""
-        now = time.monotonic()
         if peer not in self._reached:
             address = self._known.get(peer)
             met = peer in self.endpoint.peers
-            if address is None or not met or not self.reach(address, now):
+            if not (address and met and self.reach(address, time.monotonic())):
                 return False
         try:
-            act()
+            act(*what)
         except Exception as error:
-            self._lose(peer, error, now)
+            self._lose(peer, error, time.monotonic())
             return False
         return True
 
@@ -179,16 +258,20 @@ class Carrier:
 
     def _write(self, write: Write) -> None:
         reached = self._reached[write.peer]
-        sealed = write.frame.seal(self.endpoint.key, self.endpoint.id, write.peer)
         if reached.mapped is not None:
             try:
-                self._copy(write, reached.mapped)
+                frame = self._copy(write, reached.mapped)
             except ValueError as error:  # of the blocks that the peer has named
                 self.endpoint.wrote(write.token, str(error), time.monotonic())
                 return
-            self._agent.send_notif(write.peer, sealed)
+            self._say(write.peer, frame)
             self._flying[write.token] = (write.peer, _COPIED)
             return
+        frame = write.frame
+        if self.checksums:
+            last = write.layer + write.layers
+            frame = frame.with_values(self._sums(write.layer, last, write.source))
+        sealed = frame.seal(self.endpoint.key, self.endpoint.id, write.peer)
         blocks, theirs = self.slab.blocks, reached.address.blocks
         # NIXL merges neighbours itself where they are neighbours on both sides.
         handle = self._agent.make_prepped_xfer(
@@ -206,9 +289,20 @@ class Carrier:
             if self._check(write.token, time.monotonic()):
                 break
 
-    def _copy(self, write: Write, mapped: Mapped) -> None:
-        for layer in range(write.layer, write.layer + write.layers):
-            mapped.copy(self.slab.bases[layer], layer, write.source, write.target)
+    def _copy(self, write: Write, mapped: Mapped) -> Frame:
+        """Copy blocks, and return what to say of it."""
+        first, last, slab = write.layer, write.layer + write.layers, self.slab
+        summed = self.checksums and slab.xxh3 and slab.gathered is None
+        here, blocks = self._bases[first:last], (write.source, write.target)
+        sums = mapped.copy(here, first, *blocks, summed=summed)
+        if self.checksums and not summed:
+            sums = self._sums(first, last, write.source)
+        return write.frame if sums is None else write.frame.with_values(sums)
+
+    def _sums(self, first: int, last: int, blocks: Blocks) -> bytes:
+        known = self.slab.gathered or self.slab.sums
+        assert known is not None, "a transport with checksums has some"
+        return bytes(known(first, last, blocks))
 
     def _check(self, token: int, now: float) -> bool:
         """Report a write if it has ended."""
@@ -231,6 +325,7 @@ class Carrier:
     def _drop(self, peer: PeerId) -> None:
         """Forget a peer that is gone, and with it what is in flight to it."""
         self._known.pop(peer, None)
+        self._ignore(peer)
         if self._reached.pop(peer, None) is not None:
             try:
                 self._agent.remove_remote_agent(peer)

@@ -14,23 +14,22 @@ Pages are there when they are first written to, as with other memory.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import mmap
 import os
 import secrets
 import weakref
-from collections.abc import Callable
+from array import array
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import TransferError
-from ...native import loops
 from ...transport.handshake import Address
 from ...transport.outbox import Blocks
+from .blocks import CopyBlocks, copy_for, packed
 
 # Nobody can shrink it under a process that copies into it.
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
@@ -95,10 +94,14 @@ class Mapped:
         memory: What is mapped.
     """
 
-    bases: tuple[int, ...]
+    bases: array[int]
     blocks: int
     block_bytes: int
     memory: NDArray[np.uint8]
+    _copy: CopyBlocks = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_copy", copy_for(self.block_bytes))
 
     @classmethod
     def of(cls, address: Address) -> Mapped | None:
@@ -110,58 +113,59 @@ class Mapped:
         if not address.shared:
             return None
         try:
-            process, descriptor, name, base = json.loads(address.shared)
-            memory = _opened(int(process), int(descriptor), str(name))
+            memory, base = opened(address.shared)
         except (OSError, ValueError, TypeError):
             return None
-        offsets = [there - int(base) for there in address.bases]
+        offsets = [there - base for there in address.bases]
         layer_bytes = address.blocks * address.layout.block_bytes
         if min(offsets) < 0 or max(offsets) + layer_bytes > len(memory):
             return None
         here = memory.ctypes.data
         return cls(
-            bases=tuple([here + offset for offset in offsets]),
+            bases=packed(here + offset for offset in offsets),
             blocks=address.blocks,
             block_bytes=address.layout.block_bytes,
             memory=memory,
         )
 
-    def copy(self, source: int, layer: int, blocks: Blocks, to: Blocks) -> None:
-        """Copy *blocks* from where *source* has block 0 *to* blocks of a layer.
+    def copy(
+        self,
+        bases: array[int],
+        layer: int,
+        blocks: Blocks,
+        to: Blocks,
+        *,
+        summed: bool = False,
+    ) -> bytes | None:
+        """Copy *blocks* *to* blocks of as many layers from *layer* on.
+
+        Args:
+            bases: Where block 0 of each layer is here.
+            layer: The first.
+            blocks: Which, shape (n,).
+            to: Where each goes, shape (n,).
+            summed: Checksum what is copied.
+
+        Returns:
+            The checksums, if so, 8 bytes each, layer by layer.
 
         Raises:
             ValueError: There is no such block there; nothing is copied.
         """
-        target, limit = self.bases[layer], self.blocks
-        copy_blocks(source, target, blocks, to, self.block_bytes, limit)
+        there = self.bases[layer : layer + len(bases)]
+        size, limit = self.block_bytes, self.blocks
+        return self._copy(bases, blocks, there, to, size, limit, summed)
 
 
-def copy_in_python(
-    source: int, target: int, blocks: Blocks, to: Blocks, block_bytes: int, limit: int
-) -> None:
-    """Copy blocks from one place in memory to another.
-
-    Args:
-        source: Address of block 0.
-        target: The same of where to.
-        blocks: Which, int32, shape (n,).
-        to: Where each goes, shape (n,).
-        block_bytes: Of each.
-        limit: Blocks that there are at the target.
+def opened(where: str) -> tuple[NDArray[np.uint8], int]:
+    """Map what is *where* another process says; and return its address there.
 
     Raises:
-        ValueError: A block is not there; nothing is copied.
+        OSError: It is not there, or not to be had from here.
+        ValueError, TypeError: *where* is none.
     """
-    pairs = list(zip(blocks.tolist(), to.tolist(), strict=True))
-    if not all(0 <= go < limit for _, go in pairs):
-        raise ValueError(f"a block is not one of {limit}")
-    for come, go in pairs:
-        at = target + go * block_bytes
-        ctypes.memmove(at, source + come * block_bytes, block_bytes)
-
-
-copy_blocks: Callable[[int, int, Blocks, Blocks, int, int], None]
-copy_blocks = copy_in_python if loops is None else loops.copy_blocks
+    process, descriptor, name, base = json.loads(where)
+    return _opened(int(process), int(descriptor), str(name)), int(base)
 
 
 def _opened(process: int, descriptor: int, name: str) -> NDArray[np.uint8]:

@@ -9,12 +9,11 @@ from typing import Any
 import attrs
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from ...errors import TransferError
-from ...transport.frames import Words
 from ...transport.interface import Layout
 from ...transport.outbox import Blocks, Sums
+from .blocks import packed, sums_for
 from .shared import SharedMemory
 
 
@@ -32,6 +31,7 @@ class Slab:
             the memory from here.
         gathered: The same for blocks that are sent, where it was found when they
             were put there; None asks *sums* again.
+        xxh3: Sums are XXH3 of the bytes, so they can be made as these are copied.
         enter: Called once in the thread that carries blocks, before anything
             else; a GPU's context must be current there.
         owner: Kept alive as long as the slab.
@@ -52,6 +52,7 @@ class Slab:
     device: int = 0
     sums: Sums | None = None
     gathered: Sums | None = None
+    xxh3: bool = False
     enter: Callable[[], object] | None = None
     owner: Any = attrs.field(default=None, repr=False)
     shared: SharedMemory | None = None
@@ -85,11 +86,18 @@ class Slab:
             raise TransferError("the slab does not lie in the memory to be shared")
         stride = array.shape[1] * layout.block_bytes
         bases = tuple([array.ctypes.data + i * stride for i in range(layout.layers)])
+        starts, sums_of = packed(bases), sums_for(layout.block_bytes)
+        size, limit = layout.block_bytes, array.shape[1]
+
+        def sums(first: int, last: int, blocks: Blocks) -> bytes:
+            return sums_of(starts[first:last], blocks, size, limit)
+
         return cls(
             layout=layout,
-            blocks=array.shape[1],
+            blocks=limit,
             bases=bases,
-            sums=lambda first, last, blocks: xxh3(array[first:last], blocks),
+            sums=sums,
+            xxh3=True,
             owner=array,
             shared=shared,
         )
@@ -135,19 +143,3 @@ def descriptors(
     rows[:, :, 0] = np.array(bases, dtype=np.uint64)[:, None] + offsets
     rows[:, :, 1], rows[:, :, 2] = block_bytes, device
     return rows.reshape(-1, 3)
-
-
-def xxh3(layers: NDArray[np.uint8], blocks: Blocks) -> Words:
-    """Checksum *blocks* of each of *layers*, at 8-12 GB/s a core.
-
-    Args:
-        layers: Contiguous, shape (layers, blocks, block_bytes).
-        blocks: Which, shape (n,).
-    """
-    # Views of memory are made in a third of the time that arrays are.
-    whole, size = layers.data.cast("B"), layers.shape[2]
-    starts = [block * size for block in blocks.tolist()]
-    bases = range(0, layers.nbytes, layers.shape[1] * size)
-    places = [base + start for base in bases for start in starts]
-    sums = [xxh3_64_intdigest(whole[at : at + size]) for at in places]
-    return np.array(sums, dtype=np.uint64)

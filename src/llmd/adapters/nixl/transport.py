@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from typing import TypeVar
 import attrs
 
 from ...errors import TransferError
+from ...native import loops
 from ...transport.endpoint import Endpoint
 from ...transport.handshake import Address
 from ...transport.interface import (
@@ -45,6 +47,10 @@ _SETTINGS = {
     "VRAM": Settings(piece_bytes=1 << 28, writes_in_flight=8),
 }
 _SPIN_S = 2e-3
+_WATCH_NS = 10_000
+"""Between two looks at NIXL, while mail and calls are looked out for."""
+_HEARD_NS = 10_000
+"""For the owner thread to notice a call, at most."""
 _BUSY_NAP_S = 5e-5
 _IDLE_NAP_S = 2e-3
 _TICK_S = 1e-2
@@ -104,11 +110,14 @@ class NixlTransport(KVTransport):
             slab.blocks,
             slab.sums if checksums else None,
             settings or _SETTINGS[slab.memory],
-            gathered=slab.gathered if checksums else None,
+            summed_by_driver=True,
         )
+        self._endpoint.outbox.tell = self._tell
+        self._checksums = checksums
         self._calls: deque[Callable[[], None]] = deque()
         self._called = threading.Event()
-        self._napping = False
+        self._bell = array("Q", [0, 0])
+        self._napping = self._watching = False
         self._reports: deque[Report] = deque()
         self._paths = PathLog.begin()
         self._path: Path | None = None
@@ -178,6 +187,8 @@ class NixlTransport(KVTransport):
         self._calls.append(act)
         if self._napping:  # setting it takes longer than the rest of this
             self._called.set()
+        elif self._watching and loops is not None:
+            loops.ring(self._bell, _HEARD_NS)
 
     def _ask(self, act: Callable[[], None]) -> None:
         """Let the owner thread *act*, and raise here what it raises."""
@@ -199,7 +210,7 @@ class NixlTransport(KVTransport):
     def _own(self, started: Future[None]) -> None:
         wake_on_time()
         try:
-            self._carrier = Carrier(self._endpoint, self._slab, self._tell)
+            self._carrier = Carrier(self._endpoint, self._slab, self._checksums)
         except Exception as error:
             started.set_exception(TransferError(f"NIXL cannot start: {error}"))
             return
@@ -215,16 +226,18 @@ class NixlTransport(KVTransport):
                 self._tick(now)
             if now - moved_at >= _SPIN_S:
                 self._nap()
-            else:
+            elif not self._watch():
                 rest()
         self._wind_up()
 
     def _step(self, now: float) -> bool:
         """Do what there is to do; return whether there was anything."""
-        moved = self._carrier.step(now)
-        while self._calls:
-            self._calls.popleft()()
-            moved = True
+        moved = bool(self._calls)
+        if moved:
+            while self._calls:
+                self._calls.popleft()()
+            self._carrier.carry()
+        moved |= self._carrier.step(now)
         self._carrier.carry()
         if self._endpoint.outbox.reports:
             self._tell()
@@ -232,7 +245,9 @@ class NixlTransport(KVTransport):
 
     def _tell(self) -> None:
         """Let the user have the reports."""
-        self._reports.extend(drain(self._endpoint))
+        reports = self._endpoint.outbox.reports
+        self._reports.extend(reports)
+        reports.clear()
         if self._wake is not None:
             self._wake()
 
@@ -254,6 +269,21 @@ class NixlTransport(KVTransport):
                 near = self._path.between != "inter-node"
                 cause = why_slow(self._slab.memory, same_host=near)
                 _log.warning("blocks go over %s: %s", self._path.lanes, cause)
+
+    def _watch(self) -> bool:
+        """Look out for calls and mail, if there is no more to look out for.
+
+        Others have the interpreter meanwhile.
+
+        Returns:
+            Whether there is any.
+        """
+        words = self._carrier.words()
+        self._watching = loops is not None and bool(words)
+        if loops is None or not words:
+            return False
+        found: bool = loops.watch(array("Q", words), self._bell, _WATCH_NS)
+        return found
 
     def _nap(self) -> None:
         counts = held(self._endpoint)

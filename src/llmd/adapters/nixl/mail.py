@@ -1,0 +1,97 @@
+"""What is said to a peer that maps our memory, through memory too.
+
+A notification of NIXL takes longer than a small block does.  Peers on one host write
+to a ring of messages instead (`llmd/native/rings.h`), one ring each way, which its
+writer makes and tells the reader of in a sealed frame.  Frames in it bear no seal: no
+other process has that memory, as none has the slab's.  What cannot be put there,
+since it is full, or the reader has not begun to look, goes by NIXL as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import TransferError
+from ...native import loops
+from .shared import SharedMemory, opened
+
+_log = logging.getLogger(__name__)
+_RING_BYTES = 1 << 18
+_BEGIN, _READER = 192, 128
+"""As in rings.h."""
+
+
+@attrs.frozen(eq=False)
+class Mail:
+    """A ring of messages, as its writer or its reader sees it.
+
+    Attributes:
+        memory: All of it.
+        where: How the other end finds it.
+        owner: Of the memory, at the writer.
+    """
+
+    memory: NDArray[np.uint8] = attrs.field(repr=False)
+    where: str
+    owner: SharedMemory | None = None
+    _at: int = attrs.field(init=False)
+    _bytes: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_at", self.memory.ctypes.data)
+        object.__setattr__(self, "_bytes", len(self.memory) - _BEGIN)
+
+    @classmethod
+    def new(cls) -> Mail | None:
+        """Return a ring to write to; None where there is none to be had."""
+        if loops is None:
+            return None
+        with contextlib.suppress(TransferError):
+            shared = SharedMemory(_BEGIN + _RING_BYTES)
+            return cls(shared.array, shared.where(), shared)
+        return None
+
+    @classmethod
+    def read(cls, where: str) -> Mail | None:
+        """Begin to read a ring; None if it cannot be mapped from here."""
+        if loops is None:
+            return None
+        try:
+            memory, _ = opened(where)
+        except (OSError, ValueError, TypeError) as error:
+            _log.info("a ring of messages cannot be read: %s", error)
+            return None
+        if len(memory) != _BEGIN + _RING_BYTES:
+            return None
+        memory[_READER] = 1
+        return cls(memory, where)
+
+    def close(self) -> None:
+        """Look no more."""
+        self.memory[_READER] = 0
+
+    def put(self, message: bytes) -> bool:
+        """Write *message* and say so, if it fits and somebody reads."""
+        assert loops is not None
+        put: bool = loops.ring_put(self._at, self._bytes, message)
+        return put
+
+    def take(self) -> bytes | None:
+        """Return the oldest message that was not taken yet, if any.
+
+        Raises:
+            ValueError: The other end has written nonsense.
+        """
+        assert loops is not None
+        message: bytes | None = loops.ring_take(self._at, self._bytes)
+        return message
+
+    @property
+    def word(self) -> tuple[int, int]:
+        """An address, and what is there while there is nothing to take."""
+        return self._at + 64, int(self.memory[:8].view(np.uint64)[0])
