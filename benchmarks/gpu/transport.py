@@ -412,7 +412,7 @@ def through_host(end):
     return shared
 
 
-def llmd(end, checksums, piece_bytes, host=False):
+def llmd(end, checksums, piece_bytes, host=False, copiers=1):
     """The transport of llmd itself, staged on both sides as the connector does."""
     from llmd.adapters.nixl import NixlTransport, Slab
     from llmd.transport import Layout, Settings
@@ -442,7 +442,7 @@ def llmd(end, checksums, piece_bytes, host=False):
         slab,
         KEY,
         checksums=checksums,
-        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=8),
+        settings=Settings(piece_bytes=piece_bytes, writes_in_flight=8, copiers=copiers),
         wake=woken.set,
     )
     with mine:
@@ -505,8 +505,15 @@ VARIANTS = {
     "llmd, checked, 128 MiB pieces": lambda end: llmd(end, True, 1 << 27),
     "llmd, checked, 256 MiB pieces": lambda end: llmd(end, True, 1 << 28),
     "llmd, unchecked, 256 MiB pieces": lambda end: llmd(end, False, 1 << 28),
-    "llmd, checked, through host memory": lambda end: llmd(end, True, 1 << 25, True),
-    "llmd, unchecked, through host memory": lambda end: llmd(end, False, 1 << 25, True),
+    **{
+        f"llmd, checked, through host memory, {copiers} copiers": (
+            lambda end, copiers=copiers: llmd(end, True, 1 << 25, True, copiers)
+        )
+        for copiers in (1, 2, 4, 8)
+    },
+    "llmd, unchecked, through host memory, 8 copiers": (
+        lambda end: llmd(end, False, 1 << 25, True, 8)
+    ),
     "staged, kernel, 1 piece": lambda end: staged(end, kernels, 1),
     "staged, kernel, 4 pieces": lambda end: staged(end, kernels, 4),
     "staged, kernel, 16 pieces": lambda end: staged(end, kernels, 16),

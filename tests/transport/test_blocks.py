@@ -15,7 +15,12 @@ from llmd.adapters.nixl.blocks import (  # noqa: E402
     sums_in_python,
     xxh3,
 )
+from llmd.adapters.nixl.copiers import Copiers  # noqa: E402
+from llmd.adapters.nixl.shared import Mapped  # noqa: E402
+from llmd.adapters.nixl.slab import Slab  # noqa: E402
 from llmd.native import loops  # noqa: E402
+from llmd.transport import Layout  # noqa: E402
+from llmd.transport.handshake import Address  # noqa: E402
 
 compiled = pytest.mark.skipif(loops is None, reason="no compiled loops here")
 LAYERS, BLOCKS = 2, 8
@@ -130,3 +135,52 @@ def test_short_blocks_are_not_for_c():
         loops.block_sums(bases_of(array), int32(0), 240)
     with pytest.raises(TypeError):
         loops.copy_blocks(None, int32(0), bases_of(array), int32(0), 256, 1, False)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+def test_several_threads_copy_what_one_does(count, summed):
+    layout = Layout(
+        model="m", dtype="u8", layers=3, block_tokens=1, block_bytes=1 << 16
+    )
+    rng = np.random.default_rng(2)
+    source = rng.integers(0, 256, (3, 64, 1 << 16), dtype=np.uint8)
+    target = Slab.allocate(layout, 64)
+    mapped = Mapped.of(
+        Address(
+            id="a",
+            layout=layout,
+            blocks=64,
+            bases=target.bases,
+            shared=target.shared.where(),
+        )
+    )
+    come, go = (rng.permutation(64)[:61].astype(np.int32) for _ in range(2))
+    copiers = Copiers(count)
+    sums = copiers.copy(mapped, bases_of(source), 0, come, go, summed=summed)
+    copiers.close()
+    assert (target.owner[:, go] == source[:, come]).all()
+    wanted = sums_in_python(bases_of(source), come, 1 << 16, 64)
+    assert sums == (wanted if summed else None)
+
+
+def test_of_many_copies_one_that_cannot_be_is_an_error_when_none_moves_any_more():
+    layout = Layout(
+        model="m", dtype="u8", layers=1, block_tokens=1, block_bytes=1 << 20
+    )
+    target = Slab.allocate(layout, 8)
+    address = Address(
+        id="a",
+        layout=layout,
+        blocks=8,
+        bases=target.bases,
+        shared=target.shared.where(),
+    )
+    copiers, source = Copiers(4), np.ones((1, 8, 1 << 20), np.uint8)
+    with pytest.raises(ValueError, match="not one of 8"):
+        copiers.copy(
+            *(Mapped.of(address), bases_of(source), 0),
+            *(int32(*range(8)), int32(*range(1, 9))),
+            summed=True,
+        )
+    copiers.close()

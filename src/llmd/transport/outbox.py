@@ -85,6 +85,7 @@ class Settings:
             are ready.  Small enough that checking one piece overlaps with
             writing the next; on a CPU it also stays in the cache then.
         writes_in_flight: At once, to all peers.
+        copiers: Threads that copy a write, where the peer's memory is mapped.
         max_attempts: Writes of one block before the transfer fails.
         heartbeat_s: Between signs of life while transfers are open.
         silence_s: Without a sign of life after which a peer counts as hung.
@@ -95,6 +96,7 @@ class Settings:
 
     piece_bytes: int = 1 << 22
     writes_in_flight: int = 4
+    copiers: int = 1
     max_attempts: int = 3
     heartbeat_s: float = 0.2
     silence_s: float = 2.0
@@ -105,6 +107,8 @@ class Settings:
         # An attempt is told in a byte, of which 255 says that there are no more.
         if not 1 <= self.max_attempts <= 200:
             raise TransferError(f"max_attempts is {self.max_attempts}, must be 1..200")
+        if not 1 <= self.copiers <= 64:
+            raise TransferError(f"copiers is {self.copiers}, must be 1..64")
 
 
 @attrs.define(eq=False)

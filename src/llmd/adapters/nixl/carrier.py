@@ -23,6 +23,7 @@ from ...transport.handshake import Address
 from ...transport.interface import PeerId
 from ...transport.outbox import Blocks, Drop, Effect, Listen, Meet, Send, Write
 from .blocks import packed
+from .copiers import Copiers
 from .mail import Mail
 from .shared import Mapped
 from .slab import Slab, descriptors
@@ -76,6 +77,7 @@ class Carrier:
     _local: Any = attrs.field(init=False)
     _registered: Any = attrs.field(init=False)
     _bases: array[int] = attrs.field(init=False)
+    _copiers: Copiers = attrs.field(init=False)
     _known: dict[PeerId, Address] = attrs.field(factory=dict, init=False)
     _reached: dict[PeerId, _Reached] = attrs.field(factory=dict, init=False)
     _inbox: dict[PeerId, Mail] = attrs.field(factory=dict, init=False)
@@ -91,6 +93,7 @@ class Carrier:
         if slab.enter is not None:
             slab.enter()
         self._bases = packed(slab.bases)
+        self._copiers = Copiers(endpoint.settings.copiers)
         config = nixl_agent_config(enable_prog_thread=False)
         self._agent = nixl_agent(endpoint.id, config)
         self._registered = self._agent.register_memory(slab.regions(), slab.memory)
@@ -181,6 +184,7 @@ class Carrier:
         """Let go of everything; what is in flight to a hung peer is left to it."""
         for peer in list(self._reached):
             self._drop(peer)
+        self._copiers.close()
         self._local = None
         self._agent.deregister_memory(self._registered)
 
@@ -294,7 +298,7 @@ class Carrier:
         first, last, slab = write.layer, write.layer + write.layers, self.slab
         summed = self.checksums and slab.xxh3 and slab.gathered is None
         here, blocks = self._bases[first:last], (write.source, write.target)
-        sums = mapped.copy(here, first, *blocks, summed=summed)
+        sums = self._copiers.copy(mapped, here, first, *blocks, summed=summed)
         if self.checksums and not summed:
             sums = self._sums(first, last, write.source)
         return write.frame if sums is None else write.frame.with_values(sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..nixl.slab import Slab
 from .connector_mover import EVERY, by_block, mover
 
 _log = logging.getLogger(__name__)
+_CROSSING_COPIERS = 8
 _CROSSING_PIECE_BYTES = 1 << 25
 """Each is checked by a kernel, which has to be launched, while the next is copied."""
 
@@ -143,7 +145,11 @@ class Staging:
     def settings(self) -> Settings | None:
         """How blocks are best cut, where the kind of memory does not tell."""
         crossing = self._device.type == "cuda" and not self._tensor.is_cuda
-        return Settings(piece_bytes=_CROSSING_PIECE_BYTES) if crossing else None
+        if not crossing:
+            return None
+        cores = len(os.sched_getaffinity(0))
+        copiers = max(1, min(_CROSSING_COPIERS, cores // 2))
+        return Settings(piece_bytes=_CROSSING_PIECE_BYTES, copiers=copiers)
 
     def gather(
         self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
