@@ -8,6 +8,7 @@ from hypothesis import given
 xxhash = pytest.importorskip("xxhash")
 
 from llmd.adapters.nixl.blocks import (  # noqa: E402
+    Xxh3,
     copy_for,
     copy_in_python,
     packed,
@@ -24,7 +25,7 @@ from llmd.transport.handshake import Address  # noqa: E402
 
 compiled = pytest.mark.skipif(loops is None, reason="no compiled loops here")
 LAYERS, BLOCKS = 2, 8
-BOTH = [copy_for(256), copy_in_python]
+BOTH = [copy_for(256, summed=True), copy_in_python]
 
 
 def int32(*numbers):
@@ -64,7 +65,7 @@ def test_a_copy_does_what_its_twin_does(pairs, block_bytes, summed):
             *(block_bytes, BLOCKS, summed),
         )
         for copy, target in zip(
-            (copy_for(block_bytes), copy_in_python), targets, strict=True
+            (copy_for(block_bytes, summed=summed), copy_in_python), targets, strict=True
         )
     ]
     assert (targets[0] == targets[1]).all()
@@ -88,7 +89,9 @@ def test_checksums_are_those_of_xxhash(block_bytes, seed, blocks):
 @compiled
 def test_long_blocks_are_checksummed_in_c():
     assert sums_for(241) is loops.block_sums
-    assert copy_for(241) is loops.copy_blocks
+    assert copy_for(241, summed=True) is loops.copy_blocks
+    assert copy_for(1, summed=False) is loops.copy_blocks
+    assert copy_for(240, summed=True) is copy_in_python
     assert sums_for(240) is sums_in_python
 
 
@@ -133,6 +136,8 @@ def test_short_blocks_are_not_for_c():
         loops.block_sums(bases_of(array), int32(0), 240, BLOCKS)
     with pytest.raises(TypeError):
         loops.block_sums(bases_of(array), int32(0), 240)
+    with pytest.raises(TypeError, match="blocks of 4"):
+        loops.block_sums(bases_of(array), np.array([0]), 256, BLOCKS)
     with pytest.raises(TypeError):
         loops.copy_blocks(None, int32(0), bases_of(array), int32(0), 256, 1, False)
 
@@ -184,3 +189,10 @@ def test_of_many_copies_one_that_cannot_be_is_an_error_when_none_moves_any_more(
             summed=True,
         )
     copiers.close()
+
+
+def test_blocks_may_be_any_integers_where_a_slab_is_asked():
+    array = layers_of(256)
+    sums = Xxh3(bases_of(array), 256, BLOCKS)
+    assert sums(0, 2, np.array([2, 3])) == digests(array, [2, 3])
+    assert sums(1, 2, np.array([7, 0, 1])[::2]) == digests(array[1:], [7, 1])

@@ -126,7 +126,7 @@ def test_peers_that_map_each_other_talk_through_memory(here, peers):
         assert here.ended(id).error is None
     (reached,) = here.transport._carrier._reached.values()
     assert reached.mail.memory[:8].any(), "the peer has taken frames out"
-    (inbox,) = here.transport._carrier._inbox.values()
+    (inbox,) = here.transport._carrier._inbox._rings.values()
     assert inbox.memory[:8].any(), "and so has this one"
 
 
@@ -155,7 +155,7 @@ def test_slabs_may_have_checksums_of_their_own(mapped, gathered):
             return slab.owner[first:last, blocks].sum(axis=2, dtype=np.uint64).ravel()
 
         known = sums if gathered else None
-        return attrs.evolve(slab, sums=sums, gathered=known, xxh3=False)
+        return attrs.evolve(slab, sums=sums, gathered=known)
 
     slabs = [own(p.slab_of(p.fill(seed), mapped)) for seed in (1, 2)]
     with p.transport(slabs[0]) as source, p.transport(slabs[1]) as target:

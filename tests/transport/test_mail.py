@@ -19,7 +19,7 @@ from llmd.native import loops
 if loops is None or not hasattr(os, "memfd_create"):
     pytest.skip("no rings here", allow_module_level=True)
 
-from llmd.adapters.nixl.mail import Mail
+from llmd.adapters.nixl.mail import Mail, MailError
 
 PUT, TAKEN = 64, 0
 
@@ -91,7 +91,7 @@ def test_nonsense_is_an_error_and_no_crash(both, where, number):
     writer, reader = both
     assert writer.put(b"sixteen bytes...")
     writer.memory[where : where + 8] = np.array([number], np.uint64).view(np.uint8)
-    with pytest.raises(ValueError, match="not a ring"):
+    with pytest.raises(MailError, match="not a ring"):
         reader.take()
 
 
@@ -102,7 +102,17 @@ def test_a_reader_that_tells_nonsense_gets_no_more(both, taken):
     assert not writer.put(b"x")
 
 
-@pytest.mark.parametrize("where", ["", "7", "[1, 2]", '[1, 3, "llmd-x", 0]'])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "",
+        "7",
+        "[1, 2]",
+        '[1, 3, "llmd-x", 0]',
+        '[1e999, 3, "llmd-x", 0]',
+        "[" * 100_000,
+    ],
+)
 def test_what_is_no_ring_is_not_read(where):
     assert Mail.read(where) is None
 

@@ -15,9 +15,15 @@ typedef struct {
 static int
 blocks_open(Blocks *blocks, PyObject *bases, PyObject *numbers)
 {
-    if (PyObject_GetBuffer(bases, &blocks->bases, PyBUF_SIMPLE) < 0)
+    if (PyObject_GetBuffer(bases, &blocks->bases, PyBUF_ND) < 0)
         return -1;
-    if (PyObject_GetBuffer(numbers, &blocks->blocks, PyBUF_SIMPLE) < 0) {
+    if (PyObject_GetBuffer(numbers, &blocks->blocks, PyBUF_ND) < 0) {
+        PyBuffer_Release(&blocks->bases);
+        return -1;
+    }
+    if (blocks->bases.itemsize != 8 || blocks->blocks.itemsize != 4) {
+        PyErr_SetString(PyExc_TypeError, "want bases of 8 bytes and blocks of 4");
+        PyBuffer_Release(&blocks->blocks);
         PyBuffer_Release(&blocks->bases);
         return -1;
     }
@@ -104,6 +110,8 @@ block_sums(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (want_arguments("block_sums", given, 4) < 0)
         return NULL;
     size_t bytes = PyLong_AsSize_t(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
     long long limit = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred() || blocks_open(&blocks, args[0], args[1]) < 0)
         return NULL;
@@ -128,9 +136,13 @@ copy_blocks(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (want_arguments("copy_blocks", given, 7) < 0)
         return NULL;
     size_t bytes = PyLong_AsSize_t(args[4]);
+    if (PyErr_Occurred())
+        return NULL;
     long long limit = PyLong_AsLongLong(args[5]);
+    if (PyErr_Occurred())
+        return NULL;
     int summed = PyObject_IsTrue(args[6]);
-    if (PyErr_Occurred() || blocks_open(&from, args[0], args[1]) < 0)
+    if (summed < 0 || blocks_open(&from, args[0], args[1]) < 0)
         return NULL;
     if (blocks_open(&to, args[2], args[3]) < 0) {
         blocks_close(&from);

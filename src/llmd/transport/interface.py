@@ -46,6 +46,10 @@ class TransferId(NamedTuple):
         return cls(request, secrets.randbits(63))
 
 
+_MOST_LAYERS = 0xFFFF
+"""As frames have two bytes for them."""
+
+
 @attrs.frozen(kw_only=True)
 class Layout:
     """What two transports must agree on before they exchange blocks.
@@ -76,6 +80,8 @@ class Layout:
         for name in ("layers", "block_tokens", "block_bytes"):
             if getattr(self, name) < 1:
                 raise TransferError(f"{name} is {getattr(self, name)}, must be >= 1")
+        if self.layers > _MOST_LAYERS:
+            raise TransferError(f"layers is {self.layers}, must be <= {_MOST_LAYERS}")
 
     def mismatch(self, other: Layout) -> tuple[str, str] | None:
         """Return the first field that differs and how, or None."""

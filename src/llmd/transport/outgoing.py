@@ -147,7 +147,10 @@ class Outgoing:
             return
         again = np.zeros(left.shape, dtype=np.bool_)
         if frame.kind is Kind.NACK:
-            again.flat[frame.numbers.astype(np.int64)] = True
+            damaged = frame.numbers
+            if len(damaged) and damaged.max() >= again.size:
+                return
+            again.flat[damaged.astype(np.int64)] = True
             self._again(frame, again)
         self._missing -= int(np.count_nonzero(left & ~again))
         left &= again

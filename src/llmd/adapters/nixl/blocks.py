@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
+import attrs
 import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
@@ -30,6 +31,12 @@ _LEAST_BYTES = 241
 def packed(bases: Iterable[int]) -> array[int]:
     """Return addresses of block 0 of each layer as the functions here want them."""
     return array("Q", bases)
+
+
+def some(bases: array[int], first: int, last: int) -> array[int]:
+    """Return the addresses of layers from *first* to before *last*."""
+    # Small transfers are mostly of all layers there are, and every step counts.
+    return bases if last - first == len(bases) else bases[first:last]
 
 
 def sums_in_python(
@@ -99,12 +106,39 @@ def sums_for(block_bytes: int) -> SumsOfBlocks:
     return in_c
 
 
-def copy_for(block_bytes: int) -> CopyBlocks:
+def copy_for(block_bytes: int, *, summed: bool) -> CopyBlocks:
     """Return `copy_in_python`, or what does the same faster."""
-    if loops is None or block_bytes < _LEAST_BYTES:
+    if loops is None or (summed and block_bytes < _LEAST_BYTES):
         return copy_in_python
     in_c: CopyBlocks = loops.copy_blocks
     return in_c
+
+
+@attrs.frozen(eq=False)
+class Xxh3:
+    """Checksums blocks of a slab in host memory: the XXH3 of their bytes.
+
+    Whoever copies such blocks may make them on the way.
+
+    Attributes:
+        bases: Address of block 0 of each layer.
+        block_bytes: Of each block.
+        limit: Blocks in each layer.
+    """
+
+    bases: array[int]
+    block_bytes: int
+    limit: int
+    _sums: SumsOfBlocks = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_sums", sums_for(self.block_bytes))
+
+    def __call__(self, first: int, last: int, blocks: Blocks) -> bytes:
+        """Return those of *blocks*, shape (n,), of layers from *first* to *last*."""
+        bases = some(self.bases, first, last)
+        blocks = np.ascontiguousarray(blocks, np.int32)
+        return self._sums(bases, blocks, self.block_bytes, self.limit)
 
 
 def xxh3(layers: NDArray[np.uint8], blocks: Blocks) -> Words:
@@ -116,10 +150,8 @@ def xxh3(layers: NDArray[np.uint8], blocks: Blocks) -> Words:
     """
     count, limit, block_bytes = layers.shape
     first, stride = layers.ctypes.data, limit * block_bytes
-    bases = packed(range(first, first + count * stride, stride))
-    found = sums_for(block_bytes)(
-        bases, np.asarray(blocks, np.int32), block_bytes, limit
-    )
+    bases = packed(first + i * stride for i in range(count))
+    found = Xxh3(bases, block_bytes, limit)(0, count, blocks)
     return np.frombuffer(found, np.uint64)
 
 

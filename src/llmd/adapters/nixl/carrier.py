@@ -22,9 +22,9 @@ from ...transport.frames import Frame, Kind
 from ...transport.handshake import Address
 from ...transport.interface import PeerId
 from ...transport.outbox import Blocks, Drop, Effect, Listen, Meet, Send, Write
-from .blocks import packed
+from .blocks import Xxh3, packed, some
 from .copiers import Copiers
-from .mail import Mail
+from .mail import RINGFUL, Inbox, Mail
 from .shared import Mapped
 from .slab import Slab, descriptors
 
@@ -80,8 +80,7 @@ class Carrier:
     _copiers: Copiers = attrs.field(init=False)
     _known: dict[PeerId, Address] = attrs.field(factory=dict, init=False)
     _reached: dict[PeerId, _Reached] = attrs.field(factory=dict, init=False)
-    _inbox: dict[PeerId, Mail] = attrs.field(factory=dict, init=False)
-    """What peers say to this one."""
+    _inbox: Inbox = attrs.field(factory=Inbox, init=False)
     _flying: dict[int, tuple[PeerId, Any]] = attrs.field(factory=dict, init=False)
     _kept: list[Any] = attrs.field(factory=list, init=False)
     """Handles that ended badly; data may land after a release, so none is."""
@@ -114,8 +113,8 @@ class Carrier:
         if address.id in self._reached:
             return True
         try:
-            self._agent.add_remote_agent(address.metadata)
             mapped = Mapped.of(address) if self.slab.memory == "DRAM" else None
+            self._agent.add_remote_agent(address.metadata)
             blocks = None if mapped is not None else self._listed(address)
             mail = None if mapped is None else Mail.new()
         except Exception as error:
@@ -130,7 +129,7 @@ class Carrier:
         moved = self._take_mail(now)
         notified = self._agent.get_new_notifs()
         if notified:
-            self._take_mail(now)  # what was said before has to be heard before
+            self._take_mail(now, RINGFUL)  # what was said before is heard before
         for sender, messages in notified.items():
             for message in messages:
                 self.endpoint.heard(sender, message, now)
@@ -147,24 +146,15 @@ class Carrier:
         """
         if self._flying or len(self._inbox) != len(self._reached):
             return []
-        return [part for mail in self._inbox.values() for part in mail.word]
+        return self._inbox.words()
 
-    def _take_mail(self, now: float) -> bool:
+    def _take_mail(self, now: float, most: int = _MESSAGES) -> bool:
         """Take in what peers have put into their rings; return whether any did."""
-        moved = False
-        for peer, mail in list(self._inbox.items()):
-            try:
-                for _ in range(_MESSAGES):
-                    message = mail.take()
-                    if message is None:
-                        break
-                    self.endpoint.take(peer, Frame.unpack(message), now)
-                    self._answer()
-                    moved = True
-            except (ValueError, TransferError) as error:
-                _log.warning("%s has put nonsense into its ring: %s", peer, error)
-                self.endpoint.outbox.counts["forged"] += 1
-                self._ignore(peer)
+        moved, counts = False, self.endpoint.outbox.counts
+        for peer, frame in self._inbox.frames(most, counts):
+            self.endpoint.take(peer, frame, now)
+            self._answer()
+            moved = True
         return moved
 
     def _answer(self) -> None:
@@ -191,11 +181,9 @@ class Carrier:
     def _do(self, effect: Effect) -> None:
         match effect:
             case Write():
-                if not self._to(effect.peer, self._write, effect):
-                    now = time.monotonic()
-                    self.endpoint.wrote(effect.token, "the peer died", now)
+                self._write(effect)
             case Send():
-                self._to(effect.peer, self._say, effect.peer, effect.frame)
+                self._say(effect.peer, effect.frame)
             case Meet(peer=peer, address=signed):
                 self._meet(peer, signed)
             case Listen(peer=peer, place=place):
@@ -204,29 +192,27 @@ class Carrier:
                 self._drop(peer)
 
     def _say(self, peer: PeerId, frame: Frame) -> None:
+        """Send a frame, through memory if that can be."""
+        if not self._met(peer):
+            return
         mail = self._reached[peer].mail
         if mail is not None and frame.kind not in _BY_NIXL and mail.put(frame.pack()):
             return
         sealed = frame.seal(self.endpoint.key, self.endpoint.id, peer)
-        self._agent.send_notif(peer, sealed)
-        if mail is not None and frame.kind is Kind.HELLO:
-            self._tell_where(peer, mail)
+        sent = self._by_nixl(peer, self._agent.send_notif, peer, sealed)
+        if sent and frame.kind is Kind.HELLO:
+            self._tell_where(peer)
 
-    def _tell_where(self, peer: PeerId, mail: Mail) -> None:
-        self._say(peer, Frame(Kind.MAIL, text=mail.where.encode()))
+    def _tell_where(self, peer: PeerId) -> None:
+        """Tell a peer where what is said to it can be read, if anywhere."""
+        reached = self._reached.get(peer)
+        if reached is not None and reached.mail is not None:
+            self._say(peer, Frame(Kind.MAIL, text=reached.mail.where.encode()))
 
     def _listen(self, peer: PeerId, place: str) -> None:
-        known = self._inbox.get(peer)
-        if known is None or known.where != place:
-            self._ignore(peer)
-            mail = Mail.read(place) if self.slab.memory == "DRAM" else None
-            if mail is not None:
-                self._inbox[peer] = mail
-
-    def _ignore(self, peer: PeerId) -> None:
-        mail = self._inbox.pop(peer, None)
-        if mail is not None:
-            mail.close()
+        new = self.slab.memory == "DRAM" and self._inbox.listen(peer, place)
+        if new:  # who has a new place has forgotten ours
+            self._tell_where(peer)
 
     def _meet(self, peer: PeerId, signed: bytes) -> None:
         now, mine = time.monotonic(), self.endpoint
@@ -237,17 +223,23 @@ class Carrier:
             mine.died(peer, str(error), now)
             return
         if self.reach(address, now):
-            mail = self._reached[peer].mail
-            if mail is not None:
-                self._to(peer, self._tell_where, peer, mail)
+            self._tell_where(peer)
 
-    def _to(self, peer: PeerId, act: Callable[..., object], *what: Any) -> bool:
-        """Do something that needs *peer*; return whether it could be done."""
-        if peer not in self._reached:
-            address = self._known.get(peer)
-            met = peer in self.endpoint.peers
-            if not (address and met and self.reach(address, time.monotonic())):
-                return False
+    def _met(self, peer: PeerId) -> bool:
+        """Say whether *peer* can be reached, again if need be."""
+        if peer in self._reached:
+            return True
+        address = self._known.get(peer)
+        if address is None or peer not in self.endpoint.peers:
+            return False
+        return self.reach(address, time.monotonic())
+
+    def _by_nixl(self, peer: PeerId, act: Callable[..., object], *what: Any) -> bool:
+        """Have NIXL do something with *peer*; return whether it could.
+
+        Nothing else may be done here: what raises takes the peer for dead, and
+        what a dead one was to write to for free.
+        """
         try:
             act(*what)
         except Exception as error:
@@ -261,21 +253,27 @@ class Carrier:
         self._drop(peer)
 
     def _write(self, write: Write) -> None:
-        reached = self._reached[write.peer]
-        if reached.mapped is not None:
-            try:
-                frame = self._copy(write, reached.mapped)
-            except ValueError as error:  # of the blocks that the peer has named
-                self.endpoint.wrote(write.token, str(error), time.monotonic())
-                return
-            self._say(write.peer, frame)
-            self._flying[write.token] = (write.peer, _COPIED)
+        peer, token = write.peer, write.token
+        if not self._met(peer):
+            self.endpoint.wrote(token, "the peer died", time.monotonic())
             return
-        frame = write.frame
-        if self.checksums:
-            last = write.layer + write.layers
-            frame = frame.with_values(self._sums(write.layer, last, write.source))
-        sealed = frame.seal(self.endpoint.key, self.endpoint.id, write.peer)
+        mapped = self._reached[peer].mapped
+        try:
+            frame = self._summed(write) if mapped is None else self._copy(write, mapped)
+        except Exception as error:  # of blocks that the peer has named, or of sums
+            self.endpoint.wrote(token, f"cannot write: {error}", time.monotonic())
+            return
+        if mapped is not None:
+            self._flying[token] = (peer, _COPIED)
+            self._say(peer, frame)
+            return
+        sealed = frame.seal(self.endpoint.key, self.endpoint.id, peer)
+        if not self._by_nixl(peer, self._post, write, sealed):
+            self.endpoint.wrote(token, "the peer died", time.monotonic())
+
+    def _post(self, write: Write, sealed: bytes) -> None:
+        """Have NIXL write blocks, and notify the peer when they are there."""
+        reached = self._reached[write.peer]
         blocks, theirs = self.slab.blocks, reached.address.blocks
         # NIXL merges neighbours itself where they are neighbours on both sides.
         handle = self._agent.make_prepped_xfer(
@@ -293,15 +291,21 @@ class Carrier:
             if self._check(write.token, time.monotonic()):
                 break
 
+    def _summed(self, write: Write) -> Frame:
+        """Return what to say of a write."""
+        if not self.checksums:
+            return write.frame
+        last = write.layer + write.layers
+        return write.frame.with_values(self._sums(write.layer, last, write.source))
+
     def _copy(self, write: Write, mapped: Mapped) -> Frame:
         """Copy blocks, and return what to say of it."""
         first, last, slab = write.layer, write.layer + write.layers, self.slab
-        summed = self.checksums and slab.xxh3 and slab.gathered is None
-        here, blocks = self._bases[first:last], (write.source, write.target)
+        known = slab.gathered or slab.sums
+        summed = self.checksums and isinstance(known, Xxh3)
+        here, blocks = some(self._bases, first, last), (write.source, write.target)
         sums = self._copiers.copy(mapped, here, first, *blocks, summed=summed)
-        if self.checksums and not summed:
-            sums = self._sums(first, last, write.source)
-        return write.frame if sums is None else write.frame.with_values(sums)
+        return self._summed(write) if sums is None else write.frame.with_values(sums)
 
     def _sums(self, first: int, last: int, blocks: Blocks) -> bytes:
         known = self.slab.gathered or self.slab.sums
@@ -329,7 +333,7 @@ class Carrier:
     def _drop(self, peer: PeerId) -> None:
         """Forget a peer that is gone, and with it what is in flight to it."""
         self._known.pop(peer, None)
-        self._ignore(peer)
+        self._inbox.forget(peer)
         if self._reached.pop(peer, None) is not None:
             try:
                 self._agent.remove_remote_agent(peer)

@@ -46,16 +46,14 @@ class Copiers:
         summed: bool,
     ) -> bytes | None:
         """Do what `Mapped.copy` does; when it returns or raises, nothing moves."""
-        each = len(bases) * mapped.block_bytes
-        parts = min(self.count, len(blocks), len(blocks) * each // _WORTH_BYTES)
-        if self._pool is None or parts < 2:
+        pool, all_bytes = self._pool, len(blocks) * len(bases) * mapped.block_bytes
+        if pool is None or all_bytes < 2 * _WORTH_BYTES:
             return mapped.copy(bases, layer, blocks, to, summed=summed)
+        parts = min(self.count, len(blocks), all_bytes // _WORTH_BYTES)
         cuts = np.linspace(0, len(blocks), parts + 1).astype(int).tolist()
         runs = [slice(*cut) for cut in pairwise(cuts)]
         copies = [
-            self._pool.submit(
-                mapped.copy, bases, layer, blocks[run], to[run], summed=summed
-            )
+            pool.submit(mapped.copy, bases, layer, blocks[run], to[run], summed=summed)
             for run in runs
         ]
         wait(copies)

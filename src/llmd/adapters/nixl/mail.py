@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
+from collections.abc import Iterator
 
 import attrs
 import numpy as np
@@ -18,12 +20,20 @@ from numpy.typing import NDArray
 
 from ...errors import TransferError
 from ...native import loops
+from ...transport.frames import Frame
+from ...transport.interface import PeerId
 from .shared import SharedMemory, opened
 
 _log = logging.getLogger(__name__)
 _RING_BYTES = 1 << 18
+RINGFUL = _RING_BYTES // 8
+"""Messages are never more."""
 _BEGIN, _READER = 192, 128
 """As in rings.h."""
+
+
+class MailError(TransferError):
+    """What is in a ring makes no sense."""
 
 
 @attrs.frozen(eq=False)
@@ -63,7 +73,7 @@ class Mail:
             return None
         try:
             memory, _ = opened(where)
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a peer may say
             _log.info("a ring of messages cannot be read: %s", error)
             return None
         if len(memory) != _BEGIN + _RING_BYTES:
@@ -85,13 +95,72 @@ class Mail:
         """Return the oldest message that was not taken yet, if any.
 
         Raises:
-            ValueError: The other end has written nonsense.
+            MailError: The other end has written nonsense.
         """
         assert loops is not None
-        message: bytes | None = loops.ring_take(self._at, self._bytes)
+        try:
+            message: bytes | None = loops.ring_take(self._at, self._bytes)
+        except ValueError as error:
+            raise MailError(str(error)) from error
         return message
 
     @property
     def word(self) -> tuple[int, int]:
         """An address, and what is there while there is nothing to take."""
         return self._at + 64, int(self.memory[:8].view(np.uint64)[0])
+
+
+@attrs.define(eq=False)
+class Inbox:
+    """The rings that peers write to for this process."""
+
+    _rings: dict[PeerId, Mail] = attrs.field(factory=dict, init=False)
+    _places: dict[PeerId, str] = attrs.field(factory=dict, init=False)
+    """Where peers said that theirs is, whether or not it can be read."""
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def listen(self, peer: PeerId, place: str) -> bool:
+        """Look where *peer* says, if that can be; return whether it is news."""
+        if self._places.get(peer) == place:
+            return False
+        self.forget(peer)
+        self._places[peer] = place
+        mail = Mail.read(place)
+        if mail is not None:
+            self._rings[peer] = mail
+        return True
+
+    def forget(self, peer: PeerId) -> None:
+        """Look no more for what *peer* says."""
+        self._leave(peer)
+        self._places.pop(peer, None)
+
+    def frames(self, most: int, counts: Counter[str]) -> Iterator[tuple[PeerId, Frame]]:
+        """Take out frames, *most* of each peer; nonsense is counted as forged."""
+        for peer, mail in list(self._rings.items()):
+            for _ in range(most):
+                try:
+                    message = mail.take()
+                    if message is None:
+                        break
+                    frame = Frame.unpack(message)
+                except MailError as error:  # where the next one begins is lost
+                    _log.warning("the ring of %s is left: %s", peer, error)
+                    counts["forged"] += 1
+                    self._leave(peer)
+                    break
+                except (ValueError, TransferError):
+                    counts["forged"] += 1
+                else:
+                    yield peer, frame
+
+    def words(self) -> list[int]:
+        """Return `Mail.word` of all rings, one after the other."""
+        return [part for mail in self._rings.values() for part in mail.word]
+
+    def _leave(self, peer: PeerId) -> None:
+        mail = self._rings.pop(peer, None)
+        if mail is not None:
+            mail.close()

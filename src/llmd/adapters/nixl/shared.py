@@ -29,10 +29,13 @@ from numpy.typing import NDArray
 from ...errors import TransferError
 from ...transport.handshake import Address
 from ...transport.outbox import Blocks
-from .blocks import CopyBlocks, copy_for, packed
+from .blocks import CopyBlocks, copy_for, packed, some
 
 # Nobody can shrink it under a process that copies into it.
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
+
+
+_LARGE_PAGE = 1 << 21
 
 
 @attrs.define(eq=False)
@@ -98,10 +101,12 @@ class Mapped:
     blocks: int
     block_bytes: int
     memory: NDArray[np.uint8]
-    _copy: CopyBlocks = attrs.field(init=False)
+    _copies: tuple[CopyBlocks, CopyBlocks] = attrs.field(init=False)
+    """Without checksums, and with them."""
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "_copy", copy_for(self.block_bytes))
+        both = [copy_for(self.block_bytes, summed=summed) for summed in (False, True)]
+        object.__setattr__(self, "_copies", tuple(both))
 
     @classmethod
     def of(cls, address: Address) -> Mapped | None:
@@ -118,7 +123,7 @@ class Mapped:
             return None
         offsets = [there - base for there in address.bases]
         layer_bytes = address.blocks * address.layout.block_bytes
-        if min(offsets) < 0 or max(offsets) + layer_bytes > len(memory):
+        if not offsets or min(offsets) < 0 or max(offsets) + layer_bytes > len(memory):
             return None
         here = memory.ctypes.data
         return cls(
@@ -152,9 +157,10 @@ class Mapped:
         Raises:
             ValueError: There is no such block there; nothing is copied.
         """
-        there = self.bases[layer : layer + len(bases)]
+        there = some(self.bases, layer, layer + len(bases))
         size, limit = self.block_bytes, self.blocks
-        return self._copy(bases, blocks, there, to, size, limit, summed)
+        copy = self._copies[summed]
+        return copy(bases, blocks, there, to, size, limit, summed)
 
 
 def opened(where: str) -> tuple[NDArray[np.uint8], int]:
@@ -192,6 +198,7 @@ def _expect(path: str, name: str) -> None:
 def _mapped(descriptor: int, length: int) -> NDArray[np.uint8]:
     memory = mmap.mmap(descriptor, length)
     # Where Linux is asked for large pages, fewer have to be found one by one.
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if length >= _LARGE_PAGE:
+        with contextlib.suppress(AttributeError, OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

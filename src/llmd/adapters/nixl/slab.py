@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ...errors import TransferError
 from ...transport.interface import Layout
-from ...transport.outbox import Blocks, Sums
-from .blocks import packed, sums_for
+from ...transport.outbox import Sums
+from .blocks import Xxh3, packed
 from .shared import SharedMemory
 
 
@@ -31,7 +31,6 @@ class Slab:
             the memory from here.
         gathered: The same for blocks that are sent, where it was found when they
             were put there; None asks *sums* again.
-        xxh3: Sums are XXH3 of the bytes, so they can be made as these are copied.
         enter: Called once in the thread that carries blocks, before anything
             else; a GPU's context must be current there.
         owner: Kept alive as long as the slab.
@@ -52,7 +51,6 @@ class Slab:
     device: int = 0
     sums: Sums | None = None
     gathered: Sums | None = None
-    xxh3: bool = False
     enter: Callable[[], object] | None = None
     owner: Any = attrs.field(default=None, repr=False)
     shared: SharedMemory | None = None
@@ -86,18 +84,11 @@ class Slab:
             raise TransferError("the slab does not lie in the memory to be shared")
         stride = array.shape[1] * layout.block_bytes
         bases = tuple([array.ctypes.data + i * stride for i in range(layout.layers)])
-        starts, sums_of = packed(bases), sums_for(layout.block_bytes)
-        size, limit = layout.block_bytes, array.shape[1]
-
-        def sums(first: int, last: int, blocks: Blocks) -> bytes:
-            return sums_of(starts[first:last], blocks, size, limit)
-
         return cls(
             layout=layout,
-            blocks=limit,
+            blocks=array.shape[1],
             bases=bases,
-            sums=sums,
-            xxh3=True,
+            sums=Xxh3(packed(bases), layout.block_bytes, array.shape[1]),
             owner=array,
             shared=shared,
         )

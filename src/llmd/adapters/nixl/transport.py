@@ -249,7 +249,10 @@ class NixlTransport(KVTransport):
         self._reports.extend(reports)
         reports.clear()
         if self._wake is not None:
-            self._wake()
+            try:
+                self._wake()
+            except Exception:  # of the user, to whom this thread does not belong
+                _log.exception("the wake of a transport raised")
 
     def _tick(self, now: float) -> None:
         self._endpoint.tick(now)

@@ -14,7 +14,7 @@ import torch
 from ...errors import TransferError
 from ...transport.frames import Words
 from ...transport.outbox import Blocks, Sums
-from ..nixl.blocks import xxh3
+from ..nixl.blocks import Xxh3, packed, xxh3
 
 _log = logging.getLogger(__name__)
 EVERY = slice(None)
@@ -28,13 +28,11 @@ class Mover(abc.ABC):
         sums: Checksums slots of the layers from one to before another, as they
             are now.
         gathered: The same, as they were gathered; None where it is not known.
-        xxh3: Sums are XXH3 of the bytes.
     """
 
     order: str
     sums: Sums
     gathered: Sums | None = None
-    xxh3: bool = False
 
     @abc.abstractmethod
     def gather(
@@ -66,11 +64,12 @@ def mover(layers: Sequence[Any], slab: Any) -> Mover:
 class TorchMover(Mover):
     """Moves one layer after the other with torch, on any device."""
 
-    xxh3 = True
-
     def __init__(self, layers: Sequence[Any], slab: Any) -> None:
         self._layers, self._slab = layers, slab
         self.sums = self._sums
+        if slab.device.type == "cpu":
+            bases = packed(layer.data_ptr() for layer in slab)
+            self.sums = Xxh3(bases, slab.shape[2], slab.shape[1])
         self.order = "x".join(map(str, layers[0].shape[1:]))
 
     def gather(

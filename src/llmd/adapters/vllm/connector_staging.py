@@ -135,7 +135,6 @@ class Staging:
             device=device.index or 0 if tensor.is_cuda else 0,
             sums=self._mover.sums,
             gathered=self._mover.gathered,
-            xxh3=self._mover.xxh3,
             enter=(lambda: torch.cuda.set_device(device)) if gpu else None,
             owner=tensor,
             shared=self._memory,
