@@ -70,20 +70,19 @@ class Late(VllmEngine):
 @pytest.fixture(scope="module", autouse=True)
 def damaged_writes():
     """Flip a byte of some writes on their way; engines are forked from here."""
-    honest, writes = Carrier._write, itertools.count(1)
+    honest, writes = Carrier._copy, itertools.count(1)
 
-    def write(carrier, what):
-        slab, byte = carrier.slab.owner, (what.layer, int(what.source[0]), 77)
-        hit = next(writes) % DAMAGED == 0
-        slab[byte] ^= hit
-        try:
-            return honest(carrier, what)
-        finally:
-            slab[byte] ^= hit
+    def copy(carrier, what, mapped):
+        frame = honest(carrier, what, mapped)
+        if next(writes) % DAMAGED == 0:
+            at = mapped.bases[what.layer] - mapped.memory.ctypes.data
+            at += int(what.target[0]) * mapped.block_bytes + 77
+            mapped.memory[at] ^= 1
+        return frame
 
-    Carrier._write = write
+    Carrier._copy = copy
     yield
-    Carrier._write = honest
+    Carrier._copy = honest
 
 
 class Fleet:
