@@ -131,8 +131,9 @@ class Outgoing:
             piece.attempt,
             piece.start,
             words,
-            layers=piece.layers,
-            blocks=piece.blocks,
+            b"",
+            piece.layers,
+            piece.blocks,
         )
         return Write(token, self.peer, piece.layer, piece.layers, source, target, frame)
 
@@ -185,7 +186,7 @@ class Outgoing:
         """Queue some layers, as many at once as one piece takes."""
         wanted, stop = len(self._target), layer + layers
         if layers * wanted <= piece_blocks:
-            self._queue.append(Piece(layer, 0, wanted, layers=layers))
+            self._queue.append(Piece(layer, 0, wanted, 0, layers))
             return
         together = max(1, piece_blocks // wanted)
         for first in range(layer, stop, together):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import attrs
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import TransferError
 from .frames import Frame, Kind, about
 from .interface import Fetch, PeerId, Side, TransferId
 from .outbox import Blocks, Outbox, Settings, Sums
 
-_NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 _RIGHT = 255
 
 
@@ -48,41 +46,49 @@ class Incoming:
         self._due = [bytearray(len(self._blocks)) for _ in range(self.layers)]
         self._missing = self.layers * len(self._blocks)
 
-    def take(self, frame: Frame, sums: Sums | None) -> NDArray[np.int64] | None:
+    def take(self, frame: Frame, sums: Sums | None) -> list[int] | None:
         """Check what DATA says has arrived.
 
         Returns:
-            Which of its blocks are damaged, counted layer by layer, shape (n,);
-            None if the frame is stale.
+            Which of its blocks are damaged, counted layer by layer; None if the
+            frame is stale.
         """
-        last, stop = frame.layer + frame.layers, frame.start + frame.blocks
-        if last > self.layers or stop > len(self._blocks) or frame.attempt >= _RIGHT:
+        first, start, attempt = frame.layer, frame.start, frame.attempt
+        last, stop = first + frame.layers, start + frame.blocks
+        if last > self.layers or stop > len(self._blocks) or attempt >= _RIGHT:
             return None
-        due, run = self._due[frame.layer : last], slice(frame.start, stop)
-        expected = bytes((frame.attempt,)) * frame.blocks
-        held = [row[run] for row in due]
-        if not (due and expected) or held != [expected] * len(due):
+        if last == first or stop == start:
             return None
-        damaged = _NONE
-        if sums is not None:
-            blocks = self._blocks
-            if frame.blocks < len(blocks):
-                blocks = blocks[run]
-            found = bytes(sums(frame.layer, last, blocks))
-            if len(found) != len(frame.values):
+        expected, due = bytes((attempt,)) * frame.blocks, self._due[first:last]
+        for row in due:
+            if row[start:stop] != expected:
                 return None
-            if found != frame.values:
-                here = np.frombuffer(found, np.uint64)
-                damaged = np.flatnonzero(here != frame.numbers)
+        damaged = [] if sums is None else self._damaged(frame, sums)
+        if damaged is None:
+            return None
         right = bytes((_RIGHT,)) * frame.blocks
         for row in due:
-            row[run] = right
-        for at in damaged.tolist():
-            row, column = divmod(at, frame.blocks)
-            due[row][frame.start + column] = frame.attempt + 1
+            row[start:stop] = right
+        for at in damaged:
+            number, column = divmod(at, frame.blocks)
+            due[number][start + column] = attempt + 1
         self.damaged_blocks += len(damaged)
         self._missing -= len(due) * frame.blocks - len(damaged)
         return damaged
+
+    def _damaged(self, frame: Frame, sums: Sums) -> list[int] | None:
+        """Return which blocks have other checksums here; None if not as many."""
+        start, blocks = frame.start, self._blocks
+        if frame.blocks < len(blocks):
+            blocks = blocks[start : start + frame.blocks]
+        found = bytes(sums(frame.layer, frame.layer + frame.layers, blocks))
+        if found == frame.values:
+            return []
+        if len(found) != len(frame.values):
+            return None
+        here = np.frombuffer(found, np.uint64)
+        others: list[int] = np.flatnonzero(here != frame.numbers).tolist()
+        return others
 
     @property
     def complete(self) -> bool:
@@ -138,13 +144,13 @@ class Targets:
         if incoming is None or damaged is None:
             self.outbox.counts["stale"] += 1
             return False
-        if len(damaged):
+        if damaged:
             self.outbox.counts["damaged_blocks"] += len(damaged)
             if frame.attempt + 1 >= self.settings.max_attempts:
                 times = self.settings.max_attempts
                 self.fail(incoming, f"blocks arrived damaged {times} times", now)
                 return False
-            words = damaged.astype(np.uint64).tobytes()
+            words = np.array(damaged, dtype=np.uint64).tobytes()
             nack = frame._replace(kind=Kind.NACK, values=words, text=b"")
             self.outbox.send(peer, nack)
             return False

@@ -136,8 +136,8 @@ class Xxh3:
 
     def __call__(self, first: int, last: int, blocks: Blocks) -> bytes:
         """Return those of *blocks*, shape (n,), of layers from *first* to *last*."""
+        blocks = np.asarray(blocks, np.int32, order="C")
         bases = some(self.bases, first, last)
-        blocks = np.ascontiguousarray(blocks, np.int32)
         return self._sums(bases, blocks, self.block_bytes, self.limit)
 
 
