@@ -5,7 +5,7 @@
     python benchmarks/fidelity.py [--gpu] --again PATH [--probe PATH]
     python benchmarks/fidelity.py --watch 120
 
-Engines with random weights are probed for some 30 s: prompts, cached prompts and
+Engines with random weights are probed for 30 to 40 s: prompts, cached prompts and
 batches of all sizes.  `fit_from_probe` makes step times of that, and what is left
 of the times to first token is the settings' intake.  A workload at 30, 60 and 85 %
 of what the modelled fleet keeps up with is then sent to the engines by

@@ -1,7 +1,7 @@
 """Probe a real engine, and compare what the simulator says with what it does.
 
 Run where vLLM is installed: python examples/calibrate.py [MODEL]
-The probe of the tiny model takes a few seconds, that of a large one half a minute.
+The probe of the tiny model takes a few seconds, that of a large one some 40 s.
 """
 
 import asyncio

@@ -1,5 +1,7 @@
 """Blocks are copied and checksummed alike in C and in Python."""
 
+import gc
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -189,6 +191,16 @@ def test_of_many_copies_one_that_cannot_be_is_an_error_when_none_moves_any_more(
             summed=True,
         )
     copiers.close()
+
+
+def test_what_checksums_a_slab_keeps_its_memory():
+    layout = Layout(model="m", dtype="u8", layers=1, block_tokens=1, block_bytes=4096)
+    slab = Slab.allocate(layout, 4)
+    slab.owner[:] = 5
+    sums, wanted = slab.sums, digests(slab.owner, [2])
+    del slab
+    gc.collect()
+    assert sums(0, 1, int32(2)) == wanted
 
 
 def test_blocks_may_be_any_integers_where_a_slab_is_asked():

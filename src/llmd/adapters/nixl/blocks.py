@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -124,11 +124,13 @@ class Xxh3:
         bases: Address of block 0 of each layer.
         block_bytes: Of each block.
         limit: Blocks in each layer.
+        owner: Of the memory, kept as long as this is.
     """
 
     bases: array[int]
     block_bytes: int
     limit: int
+    owner: Any = attrs.field(default=None, repr=False)
     _sums: SumsOfBlocks = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _RING_BYTES = 1 << 18
 RINGFUL = _RING_BYTES // 8
 """Messages are never more."""
-_BEGIN, _READER = 192, 128
+_PUT, _READER, _BEGIN = 64, 128, 192
 """As in rings.h."""
 
 
@@ -107,7 +107,7 @@ class Mail:
     @property
     def word(self) -> tuple[int, int]:
         """An address, and what is there while there is nothing to take."""
-        return self._at + 64, int(self.memory[:8].view(np.uint64)[0])
+        return self._at + _PUT, int(self.memory[:8].view(np.uint64)[0])
 
 
 @attrs.define(eq=False)

@@ -88,7 +88,7 @@ class Slab:
             layout=layout,
             blocks=array.shape[1],
             bases=bases,
-            sums=Xxh3(packed(bases), layout.block_bytes, array.shape[1]),
+            sums=Xxh3(packed(bases), layout.block_bytes, array.shape[1], array),
             owner=array,
             shared=shared,
         )

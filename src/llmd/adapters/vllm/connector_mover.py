@@ -69,7 +69,7 @@ class TorchMover(Mover):
         self.sums = self._sums
         if slab.device.type == "cpu":
             bases = packed(layer.data_ptr() for layer in slab)
-            self.sums = Xxh3(bases, slab.shape[2], slab.shape[1])
+            self.sums = Xxh3(bases, slab.shape[2], slab.shape[1], slab)
         self.order = "x".join(map(str, layers[0].shape[1:]))
 
     def gather(

@@ -6,7 +6,7 @@
     simulate(router, load, workers=found.workers, machines=found.machines,
              settings=found.settings)
 
-It takes half a minute, in which nobody else may ask.
+It takes some 40 s, in which nobody else may ask.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def calibrate(
     Args:
         server: Its engines are vLLM's, of this process, and idle.
         sizes: What to ask them for; `Sizes.of` the first if not given.
-        timeout_s: It takes half a minute, and several on slow cores.
+        timeout_s: It takes some 40 s, and minutes on slow cores.
 
     Raises:
         EngineError: There is none; one is of another kind, is not idle, caches no
