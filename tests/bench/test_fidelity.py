@@ -29,13 +29,17 @@ def errors(rows):
     return found, beyond
 
 
-@pytest.mark.parametrize(("number", "loads"), [(3, 8), (5, 11)])
-def test_loads_are_simulated_as_measured_after_a_probe_of_half_a_minute(number, loads):
+@pytest.mark.parametrize(
+    ("number", "loads", "most"),
+    [(3, 8, 1), (5, 11, 0), (6, 2, 0), (8, 2, 0), (9, 11, 1)],
+)
+def test_loads_are_simulated_as_measured_after_their_probe(number, loads, most):
     rows = _modelled.again(GPU, kept(number), kept(number))
     assert len(rows) == loads
     found, beyond = errors(rows)
-    assert beyond == 0, _modelled.summed(rows)
+    assert beyond <= most, _modelled.summed(rows)
     assert np.median(found["e2e"]) < 0.03
+    assert max(found["e2e"].max(), found["tpot"].max()) < 0.08
     for row in rows:
         assert row["sim"]["hit_rate"] == pytest.approx(
             row["live"]["hit_rate"], abs=0.01
@@ -44,15 +48,27 @@ def test_loads_are_simulated_as_measured_after_a_probe_of_half_a_minute(number, 
 
 
 def test_docs_say_what_was_off_where_the_host_was_slow_meanwhile():
-    """The fourth start's first probe was; the fifth start once more, after its own."""
-    for number, most in (4, 9), (6, 3):
+    """The fourth start's first probe was, and shared prefixes of the sixth start."""
+    for number, most in (4, 8), (7, 3):
         rows = _modelled.again(GPU, kept(number), kept(number))
         assert errors(rows)[1] == most, _modelled.summed(rows)
 
 
 @pytest.mark.parametrize(
     ("number", "probe", "most"),
-    [(1, 3, 2), (2, 3, 1), (4, 3, 1), (1, 5, 0), (2, 5, 2), (3, 5, 3), (4, 5, 3)],
+    [
+        (1, 3, 3),
+        (2, 3, 1),
+        (4, 3, 1),
+        (5, 3, 0),
+        (9, 3, 4),
+        (1, 5, 2),
+        (2, 5, 1),
+        (3, 5, 3),
+        (4, 5, 3),
+        (7, 5, 1),
+        (9, 5, 1),
+    ],
 )
 def test_a_probe_is_good_for_another_start_of_its_machine(number, probe, most):
     rows = _modelled.again(GPU, kept(number), kept(probe))

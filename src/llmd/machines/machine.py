@@ -108,7 +108,8 @@ class Machine:
         decode_s_per_context_token: Of reading one more token of context.
         host_s: For which a step without a prompt keeps the host busy; 0: it is not
             told apart, floors are as if the GPU's.
-        host_s_per_request: For which one more request in it does.
+        host_s_per_request: For which one more request that generates does, whether
+            part of a prompt is beside it or not.
         hot_slowdown: By which part prompts take longer on a GPU that has done nothing
             else for some tenths of a second.
         kv_bytes_per_token: KV of one token, all layers.
@@ -262,13 +263,16 @@ class Machine:
         """Return the seconds for which a step keeps the host busy; as for `step_s`.
 
         >>> machine = Machine(host_s=3e-3, host_s_per_request=20e-6)
-        >>> round(machine.busy_s(0, 0, 50), 6), machine.busy_s(100, 0, 50)
-        (0.004, 0.01838)
+        >>> round(machine.busy_s(0, 0, 50), 6), round(machine.busy_s(100, 0, 50), 6)
+        (0.004, 0.01938)
         """
+        beside = self.host_s_per_request * decode_requests
         if not prefill_tokens:
-            return self.host_s + self.host_s_per_request * decode_requests
+            return self.host_s + beside
         floor = self._floor_s(prefill_tokens + decode_requests)
-        return float(floor + max(prefill_context, 0.0) * self.prefix_s_per_token)
+        return float(
+            floor + beside + max(prefill_context, 0.0) * self.prefix_s_per_token
+        )
 
     def _floor_s(self, tokens: Amount) -> Amount | float:
         """Return the floor of steps with part of a prompt and *tokens* in all."""
