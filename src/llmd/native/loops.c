@@ -2,17 +2,18 @@
  * what a prompt delays; and of a transfer, copies of blocks and what is said of them.
  *
  * All but the last has a twin in Python, `hashing.Hasher`,
- * `index.holders.PlainHolders`, `router.delay.LeastDelay` and
- * `adapters.nixl.shared.copy_in_python`, which says what is meant, runs where no
- * compiler was at hand, and is what the tests compare with.  Without rings NIXL
- * carries what is said.  Only the buffer
- * protocol is used, so building needs Python's own headers and no others.
+ * `index.holders.PlainHolders`, `router.delay.LeastDelay`,
+ * `adapters.nixl.blocks.copy_in_python` and `transport.frames.pack_in_python`, which
+ * says what is meant, runs where no compiler was at hand, and is what the tests
+ * compare with.  Without rings NIXL carries what is said.  Only the buffer protocol is
+ * used, so building needs Python's own headers and no others.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include "blocks.h"
 #include "delays.h"
 #include "depths.h"
+#include "frames.h"
 #include "names.h"
 #include "rings.h"
 
@@ -363,6 +364,8 @@ static PyMethodDef functions[] = {
     {"fold", FAST(fold), fold_doc},
     {"beyond", (PyCFunction)beyond, METH_O, beyond_doc},
     {"delays", FAST(delays), delays_doc},
+    {"frame_pack", FAST(frame_pack), frame_pack_doc},
+    {"frame_unpack", FAST(frame_unpack), frame_unpack_doc},
     {"ring_put", FAST(ring_put), ring_put_doc},
     {"ring_take", FAST(ring_take), ring_take_doc},
     {"watch", FAST(watch), watch_doc},

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TransferError
+from ..native import loops
 from .interface import PeerId, TransferId
 
 VERSION = 4
@@ -63,7 +64,8 @@ class Kind(enum.IntEnum):
     """Text is where the sender puts frames as well, in words of its carrier."""
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+_KINDS = (None, *Kind)
+"""By number."""
 
 
 class Frame(NamedTuple):
@@ -101,22 +103,15 @@ class Frame(NamedTuple):
         return body + _seal(body, key, sender, receiver)
 
     def pack(self) -> bytes:
-        """Return the bytes to send where nobody else can write."""
-        request = self.id.request.encode()
-        head = _HEAD.pack(
-            self.kind,
-            VERSION,
-            self.attempt,
-            self.layer,
-            self.layers,
-            self.start,
-            self.blocks,
-            self.id.generation,
-            len(request),
-            len(self.text),
-            len(self.values) // 8,
-        )
-        return b"".join((head, request, self.text, self.values))
+        """Return the bytes to send where nobody else can write.
+
+        Raises:
+            OverflowError: A number or a text does not fit.
+        """
+        if loops is None:
+            return pack_in_python(self)
+        packed: bytes = loops.frame_pack(self, VERSION)
+        return packed
 
     @classmethod
     def unseal(cls, data: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> Frame:
@@ -138,20 +133,57 @@ class Frame(NamedTuple):
             TransferError: It is of another version.
             ValueError: It is none.
         """
-        if len(body) < _HEAD.size:
-            raise ValueError(f"{len(body)} bytes are no frame")
-        head = _HEAD.unpack_from(body)
-        kind, version, attempt, layer, layers, start, blocks, generation = head[:8]
-        if version != VERSION or kind not in _KINDS:
-            raise TransferError(f"frame version {version} there, {VERSION} here")
-        text_at = _HEAD.size + head[8]
-        values_at = text_at + head[9]
-        id = TransferId(body[_HEAD.size : text_at].decode(), generation)
-        text, values = body[text_at:values_at], body[values_at:]
-        if len(values) != 8 * head[10]:
-            raise ValueError(f"{len(values)} bytes of {head[10]} values")
-        known = _KINDS[kind]
-        return cls(known, id, layer, attempt, start, values, text, layers, blocks)
+        if loops is None:
+            frame = unpack_in_python(body)
+        else:
+            frame = loops.frame_unpack(body, VERSION, _KINDS, cls, TransferId)
+        if frame is None:
+            raise TransferError(f"a frame of another version than {VERSION}")
+        return frame
+
+
+def pack_in_python(frame: Frame) -> bytes:
+    """Return what `Frame.pack` does, without compiled loops."""
+    request = frame.id.request.encode()
+    try:
+        head = _HEAD.pack(
+            frame.kind,
+            VERSION,
+            frame.attempt,
+            frame.layer,
+            frame.layers,
+            frame.start,
+            frame.blocks,
+            frame.id.generation,
+            len(request),
+            len(frame.text),
+            len(frame.values) // 8,
+        )
+    except struct.error as error:
+        raise OverflowError(str(error)) from error
+    return b"".join((head, request, frame.text, frame.values))
+
+
+def unpack_in_python(body: bytes) -> Frame | None:
+    """Return the frame that was packed; None if its version or kind is not known.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if len(body) < _HEAD.size:
+        raise ValueError(f"{len(body)} bytes are no frame")
+    head = _HEAD.unpack_from(body)
+    number, version, attempt, layer, layers, start, blocks, generation = head[:8]
+    kind = _KINDS[number] if number < len(_KINDS) else None
+    if version != VERSION or kind is None:
+        return None
+    text_at = _HEAD.size + head[8]
+    values_at = text_at + head[9]
+    if len(body) != values_at + 8 * head[10]:
+        raise ValueError(f"{len(body)} bytes of another frame")
+    id = TransferId(body[_HEAD.size : text_at].decode(), generation)
+    text, values = body[text_at:values_at], body[values_at:]
+    return Frame(kind, id, layer, attempt, start, values, text, layers, blocks)
 
 
 def about(kind: Kind, id: TransferId, text: str = "") -> Frame:

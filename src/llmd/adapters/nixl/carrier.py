@@ -33,7 +33,7 @@ _LOCAL = "NIXL_INIT_AGENT"
 _LOOKS_AT_A_WRITE = 4
 _MESSAGES = 64
 """Of one peer, at one look."""
-_BY_NIXL = frozenset((Kind.HELLO, Kind.BEAT, Kind.BYE, Kind.MAIL))
+_BY_NIXL = Kind.HELLO, Kind.BEAT, Kind.BYE, Kind.MAIL
 """Which finds out who is dead, and greets who does not listen yet."""
 _COPIED = object()
 """In place of NIXL's handle of a write: the blocks are there already."""
