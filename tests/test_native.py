@@ -7,6 +7,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import attrs
 import hypothesis.strategies as st
@@ -30,6 +32,15 @@ compiled = pytest.mark.skipif(loops is None, reason="no compiled loops here")
 @pytest.mark.skipif(PURE or shutil.which("cc") is None, reason="not to be built")
 def test_they_are_built_where_a_compiler_is():
     assert loops is not None
+
+
+def test_a_change_of_any_header_builds_them_anew():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    [module] = project["tool"]["setuptools"]["ext-modules"]
+    headers = (root / "src/llmd/native").glob("*.h")
+    names = [f"src/llmd/native/{header.name}" for header in headers]
+    assert sorted(module["depends"]) == sorted(names)
 
 
 def test_they_can_be_left_out():

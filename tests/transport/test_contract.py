@@ -227,6 +227,106 @@ def test_a_fetch_of_nothing_lets_the_offer_go_as_one_that_went_well(pair, early,
     assert not pair.ours.any()
 
 
+ODD_IDS = ["r", ("r", 1, 2), (b"r", 1), ("r", 1.5), ("r", -1), ("r", 1 << 64), None]
+ODD = [
+    *[{"id": id} for id in ODD_IDS],
+    {"blocks": ["x"]},
+    {"blocks": 3},
+    {"timeout_s": math.inf},
+    {"timeout_s": math.nan},
+    {"timeout_s": -1.0},
+    {"timeout_s": "5"},
+]
+ODD_FETCHES = [{"first": -1}, {"first": 1 << 40}, {"first": "x"}, {"peer": None}]
+
+
+@pytest.mark.parametrize("odd", [*ODD, *ODD_FETCHES], ids=str)
+def test_bad_input_is_refused_before_anything_is_booked(pair, odd):
+    made = {"id": TransferId.fresh("r"), "blocks": [1], **odd}
+    with pytest.raises(TransferError):
+        pair.target.fetch(Fetch(**{"peer": pair.peer, **made}))
+    if odd not in ODD_FETCHES:
+        with pytest.raises(TransferError):
+            pair.source.offer(Offer(**made))
+    if "id" in odd:
+        with pytest.raises(TransferError):
+            pair.source.ready(odd["id"], 0)
+        with pytest.raises(TransferError):
+            pair.source.cancel(odd["id"])
+    for layer in "x", 0.5, -1:
+        with pytest.raises(TransferError):
+            pair.source.ready(TransferId.fresh("r"), layer)
+    for end in pair.source, pair.target:
+        assert not end.counts["offers"] + end.counts["fetches"]
+        assert not end.counts["quarantined_blocks"]
+
+
+def test_numbers_of_numpy_are_numbers(pair):
+    id = TransferId("r", np.int64(7))
+    offer = Offer(id=id, blocks=np.arange(3), ready=False, timeout_s=np.float64(9))
+    pair.source.offer(offer)
+    wanted = {"blocks": np.array([4, 5]), "first": np.int64(1), "early": np.True_}
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, **wanted))
+    for layer in np.arange(LAYOUT.layers):
+        pair.source.ready(id, layer)
+    pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
+    assert pair.ended(id).error is None
+    assert (pair.ours[:, [4, 5]] == pair.theirs[:, [1, 2]]).all()
+
+
+def test_a_reason_may_be_any_text(pair):
+    for number, reason in enumerate(["\udc80", "\xe9" * 100_000, None, ""]):
+        id = TransferId("r", number)
+        pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1], early=True))
+        pair.target.cancel(id, reason)
+        pair.until(lambda id=id: pair.free(id))
+        assert pair.ended(id).error is not None
+
+
+def test_a_closed_transport_takes_nothing(pair):
+    pair.source.close()
+    id = TransferId.fresh("r")
+    for call in (
+        lambda: pair.source.offer(Offer(id=id, blocks=[1])),
+        lambda: pair.source.fetch(Fetch(id=id, peer=pair.target.id, blocks=[1])),
+        lambda: pair.source.ready(id, 0),
+        lambda: pair.source.cancel(id),
+        lambda: pair.source.connect(pair.target.address()),
+    ):
+        with pytest.raises(TransferError, match="closed"):
+            call()
+    assert not pair.source.counts["offers"]
+
+
+@pytest.mark.parametrize("side", list(Side))
+def test_blocks_are_not_free_while_a_write_is_on_its_way(side):
+    """Whoever gives up: bytes may land, and be read, until the write has ended."""
+    now = 0.0
+    link = LocalLink(clock=lambda: now, bytes_per_s=1e3)
+    layout = attrs.evolve(LAYOUT, layers=1, block_bytes=8)
+    source = LocalTransport(link, layout, np.ones((1, 400, 8), np.uint8))
+    target = LocalTransport(link, layout, np.zeros((1, 400, 8), np.uint8))
+    id, blocks = TransferId.fresh("r"), range(300)
+    peer = target.connect(source.address())
+    source.offer(Offer(id=id, blocks=blocks))
+    target.fetch(Fetch(id=id, peer=peer, blocks=blocks))
+    now = 0.1
+    ends = source, target
+    assert [end.poll() for end in ends] == [[], []]
+    assert source.counts["writes"] == 1  # which ends at 2.4
+    (source if side is Side.SOURCE else target).cancel(id)
+    reports = []
+    while now < 2.3:
+        now += 0.1
+        reports += [report for end in ends for report in end.poll()]
+    assert not any(isinstance(report, BlocksFreed) for report in reports)
+    assert any(isinstance(report, TransferEnded) for report in reports)
+    now = 5.0
+    reports = [report for end in ends for report in end.poll()]
+    freed = [report.side for report in reports if isinstance(report, BlocksFreed)]
+    assert sorted(freed, key=str) == sorted(Side, key=str)
+
+
 def test_a_lapsed_offer_is_refused_and_never_read(pair):
     id = TransferId.fresh("r")
     pair.source.offer(Offer(id=id, blocks=[1, 2], timeout_s=0.02))

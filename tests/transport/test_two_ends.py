@@ -91,12 +91,16 @@ def test_what_cannot_be_named_is_refused_and_nothing_else_ends(ends, id):
     source, target = ends(7), ends(0)
     target.meet(source)
     open_one = begin(source, target, "open", 1)
-    for end, call in (
-        (target.transport.fetch, Fetch(id=id, peer=source.transport.id, blocks=[2])),
-        (source.transport.offer, Offer(id=id, blocks=[2])),
+    for call in (
+        lambda: target.transport.fetch(
+            Fetch(id=id, peer=source.transport.id, blocks=[2])
+        ),
+        lambda: source.transport.offer(Offer(id=id, blocks=[2])),
+        lambda: source.transport.ready(id, 0),
+        lambda: target.transport.cancel(id),
     ):
         with pytest.raises(TransferError):
-            end(call)
+            call()
     source.transport.ready(open_one, 0)
     p.wait_for(target.freed)
     assert target.outcomes() == {"open": None}
@@ -216,3 +220,67 @@ def test_a_frame_that_is_none_is_counted_and_the_next_is_heard(ends):
     assert target.outcomes() == {"r": None}
     assert source.transport.counts["forged"] == 2
     assert source.rings()
+
+
+def test_an_ask_without_a_time_is_refused_and_harms_nobody(ends):
+    source, target = ends(7), ends(0)
+    target.meet(source)
+    open_one = begin(source, target, "open", 1)
+    id = TransferId.fresh("odd")
+    source.transport.offer(Offer(id=id, blocks=[2]))
+    send = target.transport._endpoint.outbox.send
+    for text in b"soon", b"9" * 5000, b"-1", b"":
+        ask = Frame(Kind.ASK, id, values=bytes(8), text=text)
+        target.transport._call(lambda ask=ask: send(source.transport.id, ask))
+    p.wait_for(lambda: source.transport.counts.get("forged") == 4)
+    source.transport.ready(open_one, 0)
+    p.wait_for(target.freed)
+    assert target.outcomes() == {"open": None}
+
+
+def test_a_wake_that_waits_for_its_transport_is_told_so_at_once(ends):
+    told = []
+
+    def wake():
+        for call in (
+            lambda: target.transport.offer(Offer(id=("more", 1), blocks=[5])),
+            target.transport.close,
+        ):
+            try:
+                call()
+            except TransferError as error:
+                told.append(str(error))
+
+    source, target = ends(7), ends(0, wake=wake)
+    target.meet(source)
+    begin(source, target, "r", 1, ready=True)
+    p.wait_for(target.freed)
+    assert target.outcomes() == {"r": None}
+    assert len(told) >= 2
+    assert {"a wake cannot wait for the transport that calls it"} == set(told)
+
+
+def test_a_transport_that_fails_ends_all_that_is_open_and_takes_no_more(ends):
+    """No such failure is known: one is put in."""
+    source, target = ends(7), ends(0)
+    target.meet(source)
+    for name in "ab":
+        begin(source, target, name, ord(name))
+
+    def broken(now):
+        raise RuntimeError("a fault of ours")
+
+    target.transport._tick = broken
+    p.wait_for(lambda: len(target.outcomes()) == 2)
+    for error in target.outcomes().values():
+        assert "a fault of ours" in error
+    for call in (
+        lambda: begin(source, target, "c", 9),
+        lambda: target.transport.ready(TransferId("a", 1), 0),
+        lambda: target.transport.cancel(TransferId("a", 1)),
+    ):
+        with pytest.raises(TransferError, match="a fault of ours"):
+            call()
+    # The other end has heard of it, and has its blocks back.
+    p.wait_for(lambda: {"a", "b"} <= set(source.freed()))
+    target.transport.close()

@@ -23,7 +23,11 @@ enum { FRAME_KIND, FRAME_ID, FRAME_LAYER, FRAME_ATTEMPT, FRAME_START, FRAME_VALU
 static uint64_t
 frame_number(PyObject *tuple, Py_ssize_t field, uint64_t most)
 {
-    uint64_t number = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(tuple, field));
+    PyObject *item = PyNumber_Index(PyTuple_GET_ITEM(tuple, field));
+    if (item == NULL)
+        return 0;
+    uint64_t number = PyLong_AsUnsignedLongLong(item);
+    Py_DECREF(item);
     if (number > most && !PyErr_Occurred())
         PyErr_Format(PyExc_OverflowError, "a frame's field %zd is too large", field);
     return number;

@@ -30,7 +30,6 @@ from .sources import Sources
 from .targets import Targets
 
 _HELLOS_TO_A_HUNG_PEER = 30
-_LONGEST_NAME = 0xFFFF
 _LONG_HUNG_S = 60.0
 """Between frames to a peer that those did not wake: they queue up at it."""
 
@@ -100,7 +99,6 @@ class Endpoint:
 
     def offer(self, offer: Offer, now: float) -> None:
         """Begin an offer; see `KVTransport.offer`."""
-        _expect_name(offer.id)
         self._check(offer.blocks)
         if offer.id in self.sources.offers:
             raise TransferError(f"{offer.id} is offered already")
@@ -112,7 +110,6 @@ class Endpoint:
 
     def fetch(self, fetch: Fetch, now: float) -> None:
         """Begin a fetch; see `KVTransport.fetch`."""
-        _expect_name(fetch.id)
         self._check(fetch.blocks)
         peer = self.peers.get(fetch.peer)
         if peer is None:
@@ -182,12 +179,12 @@ class Endpoint:
                 peer.sent_at = now
                 self.outbox.send(id, Frame(Kind.BEAT))
 
-    def close(self, now: float) -> None:
+    def close(self, now: float, reason: str = "") -> None:
         """Give up everything; `goodbye` once nothing is in flight."""
         for outgoing in list(self.sources.offers.values()):
-            self.sources.fail(outgoing, "the source closes", now)
+            self.sources.fail(outgoing, reason or "the source closes", now)
         for incoming in list(self.targets.fetches.values()):
-            self.targets.fail(incoming, "the target closes", now)
+            self.targets.fail(incoming, reason or "the target closes", now)
 
     def pump(self) -> bool:
         """Put one write in flight if there is something to write and room.
@@ -270,16 +267,3 @@ class Endpoint:
             raise TransferError(
                 f"blocks {min(blocks)}..{max(blocks)} of a slab of {self.blocks}"
             )
-
-
-def _expect_name(id: TransferId) -> None:
-    """Refuse what no frame can name."""
-    request, generation = id
-    try:
-        length = len(request.encode())
-    except UnicodeEncodeError as error:
-        raise TransferError(f"a request's id is no text: {error}") from error
-    if length > _LONGEST_NAME:
-        raise TransferError(f"a request's id has {length} bytes, {_LONGEST_NAME} fit")
-    if not 0 <= generation < 1 << 64:
-        raise TransferError(f"generation is {generation}, must be 0..2**64 - 1")

@@ -188,7 +188,7 @@ def unpack_in_python(body: bytes) -> Frame | None:
 
 def about(kind: Kind, id: TransferId, text: str = "") -> Frame:
     """Return a frame that says no more than which transfer, and why."""
-    return Frame(kind, id, text=text.encode()[:2000])
+    return Frame(kind, id, text=text.encode(errors="replace")[:2000])
 
 
 def _seal(body: bytes, key: bytes, sender: PeerId, receiver: PeerId) -> bytes:

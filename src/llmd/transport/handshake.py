@@ -8,7 +8,7 @@ import json
 
 import attrs
 
-from ..errors import HandshakeRefused
+from ..errors import HandshakeRefused, shown
 from .frames import VERSION
 from .interface import Layout, PeerId
 
@@ -62,6 +62,8 @@ class Address:
             HandshakeRefused: Signed with another key, of another protocol, or
                 its layout differs; the field is named.
         """
+        if not isinstance(signed, bytes):
+            raise HandshakeRefused("key", f"an address is bytes, not {shown(signed)}")
         signature, body = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
         if not hmac.compare_digest(signature, hmac.digest(key, body, hashlib.sha256)):
             raise HandshakeRefused("key", "the address is not signed with our key")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import enum
+import operator
 import secrets
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import attrs
 
-from ..errors import TransferError
+from ..amounts import a_number
+from ..errors import TransferError, shown
 from ..types import RequestId
 
 PeerId: TypeAlias = str
@@ -46,8 +48,47 @@ class TransferId(NamedTuple):
         return cls(request, secrets.randbits(63))
 
 
-_MOST_LAYERS = 0xFFFF
-"""As frames have two bytes for them."""
+_MOST_LAYERS = _LONGEST_NAME = 0xFFFF
+"""As frames have two bytes for either."""
+_MOST_BLOCKS, _MOST_GENERATIONS = 1 << 32, 1 << 64
+_LONGEST_S = 1e6
+"""That a transfer may take: what is held for it is let go of some day."""
+
+
+def as_id(id: Any) -> TransferId:
+    """Return the name of a transfer as frames can tell it.
+
+    Raises:
+        TransferError: It is none.
+
+    >>> as_id(("r", 7))
+    TransferId(request='r', generation=7)
+    """
+    try:
+        request, generation = id
+        length, generation = len(request.encode()), operator.index(generation)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TransferError(f"{shown(id)} names no transfer: {error}") from error
+    if length > _LONGEST_NAME:
+        raise TransferError(f"a request's id has {length} bytes, {_LONGEST_NAME} fit")
+    if not 0 <= generation < _MOST_GENERATIONS:
+        raise TransferError(f"generation is {generation}, must be 0..2**64 - 1")
+    return TransferId(request, generation)
+
+
+def as_index(number: Any) -> int:
+    """Return which block or layer.
+
+    Raises:
+        TransferError: It is no whole number, or one below 0 or too large.
+    """
+    try:
+        index = operator.index(number)
+    except TypeError as error:
+        raise TransferError(f"{shown(number)} is no whole number") from error
+    if not 0 <= index < _MOST_BLOCKS:
+        raise TransferError(f"{index} is not in 0..2**32 - 1")
+    return index
 
 
 @attrs.frozen(kw_only=True)
@@ -93,7 +134,18 @@ class Layout:
 
 
 def _blocks(blocks: Iterable[int]) -> tuple[int, ...]:
-    return tuple([int(block) for block in blocks])
+    try:
+        return tuple([operator.index(block) for block in blocks])
+    except TypeError as error:
+        raise TransferError(f"{shown(blocks)} are no blocks: {error}") from error
+
+
+def _a_peer(instance: object, field: Any, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TransferError(f"{shown(value)} is no peer's id")
+
+
+_SECONDS = a_number(most=_LONGEST_S, error=TransferError)
 
 
 @attrs.frozen(kw_only=True)
@@ -105,12 +157,16 @@ class Offer:
         blocks: Where the prompt's KV lies here, in order of its tokens.
         ready: Every layer is computed; otherwise `KVTransport.ready` tells.
         timeout_s: How long to keep it; after that a fetch is refused.
+
+    Raises:
+        TransferError: The id is none, a block no whole number, or the time not in
+            0..1e6 s.
     """
 
-    id: TransferId
+    id: TransferId = attrs.field(converter=as_id)
     blocks: tuple[int, ...] = attrs.field(converter=_blocks)
-    ready: bool = True
-    timeout_s: float = 30.0
+    ready: bool = attrs.field(default=True, converter=bool)
+    timeout_s: float = attrs.field(default=30.0, validator=_SECONDS)
 
 
 @attrs.frozen(kw_only=True)
@@ -124,14 +180,17 @@ class Fetch:
         first: Leading blocks of the offer to skip, as they are here already.
         early: The offer may come later; otherwise an unknown one is refused.
         timeout_s: How long the whole may take.
+
+    Raises:
+        TransferError: As of `Offer`, or *first* or *peer* is none.
     """
 
-    id: TransferId
-    peer: PeerId
+    id: TransferId = attrs.field(converter=as_id)
+    peer: PeerId = attrs.field(validator=_a_peer)
     blocks: tuple[int, ...] = attrs.field(converter=_blocks)
-    first: int = 0
-    early: bool = False
-    timeout_s: float = 10.0
+    first: int = attrs.field(default=0, converter=as_index)
+    early: bool = attrs.field(default=False, converter=bool)
+    timeout_s: float = attrs.field(default=10.0, validator=_SECONDS)
 
 
 class TransferEnded(NamedTuple):
@@ -172,7 +231,8 @@ class KVTransport(abc.ABC):
     exactly one `BlocksFreed`.  In between its blocks are in quarantine: a write
     may still land in them, or be read from them, so nobody else may use them.
 
-    Whatever fails, it fails with an error and never with wrong bytes.
+    Whatever fails, it fails with an error (of `llmd.errors`) and never with wrong
+    bytes.
     """
 
     @property
@@ -202,7 +262,13 @@ class KVTransport(abc.ABC):
 
     @abc.abstractmethod
     def ready(self, id: TransferId, layer: int) -> None:
-        """Note that *layer* of an offer is computed and may go."""
+        """Note that *layer* of an offer is computed and may go.
+
+        One that is not open, or has no such layer, is let be.
+
+        Raises:
+            TransferError: The id or the layer is none.
+        """
 
     @abc.abstractmethod
     def fetch(self, fetch: Fetch) -> None:
@@ -219,6 +285,9 @@ class KVTransport(abc.ABC):
         """Give a transfer up; it ends with *reason* as its error.
 
         An id that is unknown here is refused to whoever asks for it early.
+
+        Raises:
+            TransferError: It is no id.
         """
 
     @abc.abstractmethod

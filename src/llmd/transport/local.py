@@ -17,7 +17,17 @@ from ..errors import TransferError
 from .endpoint import Endpoint
 from .frames import Words
 from .handshake import Address
-from .interface import Fetch, KVTransport, Layout, Offer, PeerId, Report, TransferId
+from .interface import (
+    Fetch,
+    KVTransport,
+    Layout,
+    Offer,
+    PeerId,
+    Report,
+    TransferId,
+    as_id,
+    as_index,
+)
 from .outbox import Blocks, Drop, Effect, Listen, Meet, Send, Settings, Write
 
 
@@ -145,26 +155,26 @@ class LocalTransport(KVTransport):
         return self._endpoint.address
 
     def connect(self, address: bytes) -> PeerId:
-        endpoint = self._endpoint
+        endpoint = self._open()
         peer = Address.verify(address, endpoint.key, endpoint.layout).id
         endpoint.meet(peer, self._link.now())
         self._carry()
         return peer
 
     def offer(self, offer: Offer) -> None:
-        self._endpoint.offer(offer, self._link.now())
+        self._open().offer(offer, self._link.now())
         self._carry()
 
     def ready(self, id: TransferId, layer: int) -> None:
-        self._endpoint.ready(id, layer)
+        self._open().ready(as_id(id), as_index(layer))
         self._carry()
 
     def fetch(self, fetch: Fetch) -> None:
-        self._endpoint.fetch(fetch, self._link.now())
+        self._open().fetch(fetch, self._link.now())
         self._carry()
 
     def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
-        self._endpoint.cancel(id, reason, self._link.now())
+        self._open().cancel(as_id(id), str(reason), self._link.now())
         self._carry()
 
     def poll(self) -> list[Report]:
@@ -189,6 +199,11 @@ class LocalTransport(KVTransport):
                 end._endpoint.died(self.id, "the peer closed", now)
         self._endpoint.close(now)
         self._endpoint.outbox.effects.clear()
+
+    def _open(self) -> Endpoint:
+        if self._closed:
+            raise TransferError("the transport is closed")
+        return self._endpoint
 
     def _carry(self) -> None:
         effects = self._endpoint.outbox.effects

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from ..amounts import a_number
 from ..errors import TransferError
 from .frames import Frame, Words
 from .interface import BlocksFreed, PeerId, Report, Side, TransferEnded, TransferId
@@ -76,6 +77,16 @@ class Listen:
 Effect: TypeAlias = Send | Write | Meet | Drop | Listen
 
 
+def _whole(default: int, least: int, most: int = 1 << 40) -> Any:
+    limits = a_number(least, most=most, whole=True, error=TransferError)
+    return attrs.field(default=default, validator=limits)
+
+
+def _seconds(default: float) -> Any:
+    limits = a_number(above=True, error=TransferError)
+    return attrs.field(default=default, validator=limits)
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """How transfers are cut, watched and retried.
@@ -92,23 +103,27 @@ class Settings:
         idle_s: Between looks at peers that nothing is open with: whether they
             are still there, so that what is held for the dead is let go.
         early_asks: Early requests held for offers still to come, at most.
+
+    Raises:
+        TransferError: One makes no sense, or a peer would hang between heartbeats.
     """
 
-    piece_bytes: int = 1 << 22
-    writes_in_flight: int = 4
-    copiers: int = 1
-    max_attempts: int = 3
-    heartbeat_s: float = 0.2
-    silence_s: float = 2.0
-    idle_s: float = 5.0
-    early_asks: int = 4096
+    piece_bytes: int = _whole(1 << 22, 1)
+    writes_in_flight: int = _whole(4, 1)
+    copiers: int = _whole(1, 1, 64)
+    # An attempt is told in a byte, of which 255 says that there are no more.
+    max_attempts: int = _whole(3, 1, 200)
+    heartbeat_s: float = _seconds(0.2)
+    silence_s: float = _seconds(2.0)
+    idle_s: float = _seconds(5.0)
+    early_asks: int = _whole(4096, 0)
 
     def __attrs_post_init__(self) -> None:
-        # An attempt is told in a byte, of which 255 says that there are no more.
-        if not 1 <= self.max_attempts <= 200:
-            raise TransferError(f"max_attempts is {self.max_attempts}, must be 1..200")
-        if not 1 <= self.copiers <= 64:
-            raise TransferError(f"copiers is {self.copiers}, must be 1..64")
+        if self.silence_s <= self.heartbeat_s:
+            raise TransferError(
+                f"silence_s is {self.silence_s}, must be above heartbeat_s,"
+                f" {self.heartbeat_s}"
+            )
 
 
 @attrs.define(eq=False)

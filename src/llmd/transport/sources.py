@@ -11,6 +11,8 @@ from .interface import Offer, PeerId, Side, TransferId
 from .outbox import Outbox, Settings, Sums
 from .outgoing import Outgoing
 
+_LONGEST_NUMBER = 12
+
 
 @attrs.define
 class Loose:
@@ -68,9 +70,11 @@ class Sources:
 
     def ask(self, peer: PeerId, frame: Frame, now: float) -> None:
         """Serve a peer, or tell it why not."""
-        outgoing = self.offers.get(frame.id)
-        left_s = int(frame.text or b"0") / 1e3
-        if outgoing is None:
+        outgoing, left_s = self.offers.get(frame.id), _seconds(frame.text)
+        if left_s is None:
+            self.outbox.counts["forged"] += 1
+            self._refuse(peer, frame.id, "the time left is no number")
+        elif outgoing is None:
             full = len(self._early) >= self.settings.early_asks
             if frame.layer and not full and frame.id not in self._aborted:
                 self._early[frame.id] = (peer, frame, now + left_s)
@@ -233,3 +237,10 @@ class Sources:
         if loose is not None and loose.peer == peer:
             return  # `_landed` will say so
         self.outbox.send(peer, about(Kind.FAIL, id, reason))
+
+
+def _seconds(text: bytes) -> float | None:
+    """Return the time that a peer says is left; None if it says something else."""
+    if len(text) > _LONGEST_NUMBER or not text.isdigit():
+        return None
+    return int(text) / 1e3

@@ -14,7 +14,7 @@ import uuid
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import attrs
@@ -30,6 +30,8 @@ from ...transport.interface import (
     PeerId,
     Report,
     TransferId,
+    as_id,
+    as_index,
 )
 from ...transport.local import drain, held
 from ...transport.outbox import Settings
@@ -51,10 +53,15 @@ _WATCH_NS = 10_000
 """Between two looks at NIXL, while mail and calls are looked out for."""
 _HEARD_NS = 10_000
 """For the owner thread to notice a call, at most."""
-_BUSY_NAP_S = 5e-5
+_SHORTEST_NAP_S = 5e-5
+_BUSY_NAP_S = 5e-4
 _IDLE_NAP_S = 2e-3
+_NAP = 1 / 16
+"""Of the time for which nothing has moved: after long a little more is nothing."""
 _TICK_S = 1e-2
 _CLOSE_S = 1.0
+_ALIVE_S = 1.0
+"""Between two looks whether the owner's thread, which somebody waits for, lives."""
 _LOOKS = 200
 """At UCX's log for the way it chose, which it writes a little after it does."""
 _GOODBYE_STEPS = 20
@@ -93,7 +100,8 @@ class NixlTransport(KVTransport):
             settings: How transfers are cut, watched and retried; chosen by the
                 kind of memory if not given.
             checksums: Check every block on arrival.
-            wake: Called from the owner thread when there is something to poll.
+            wake: Called from the owner thread when there is something to poll; it
+                may neither wait nor offer, fetch or close.
 
         Raises:
             TransferError: NIXL or UCX is not there, or refuses the memory.
@@ -123,6 +131,7 @@ class NixlTransport(KVTransport):
         self._path: Path | None = None
         self._looks = _LOOKS
         self._closing = False
+        self._failed = ""
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._own, args=(started,), name="llmd-nixl", daemon=True
@@ -158,13 +167,15 @@ class NixlTransport(KVTransport):
         self._ask(lambda: self._endpoint.offer(offer, time.monotonic()))
 
     def ready(self, id: TransferId, layer: int) -> None:
+        id, layer = as_id(id), as_index(layer)
         self._call(lambda: self._endpoint.ready(id, layer))
 
     def fetch(self, fetch: Fetch) -> None:
         self._ask(lambda: self._endpoint.fetch(fetch, time.monotonic()))
 
     def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
-        self._call(lambda: self._endpoint.cancel(id, reason, time.monotonic()))
+        id, why = as_id(id), str(reason)
+        self._call(lambda: self._endpoint.cancel(id, why, time.monotonic()))
 
     def poll(self) -> list[Report]:
         reports = []
@@ -174,6 +185,7 @@ class NixlTransport(KVTransport):
         return reports
 
     def close(self) -> None:
+        self._expect_another_thread()
         self._closing = True
         self._called.set()
         self._thread.join()
@@ -182,20 +194,29 @@ class NixlTransport(KVTransport):
 
     def _call(self, act: Callable[[], None]) -> None:
         """Let the owner thread *act* soon."""
-        if self._closing:
-            raise TransferError("the transport is closed")
+        self._expect_open()
         self._calls.append(act)
         if self._napping:  # setting it takes longer than the rest of this
             self._called.set()
         elif self._watching and loops is not None:
             loops.ring(self._bell, _HEARD_NS)
 
+    def _expect_open(self) -> None:
+        if self._closing or self._failed:
+            raise TransferError(self._failed or "the transport is closed")
+
+    def _expect_another_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise TransferError("a wake cannot wait for the transport that calls it")
+
     def _ask(self, act: Callable[[], None]) -> None:
         """Let the owner thread *act*, and raise here what it raises."""
+        self._expect_another_thread()
         answer: Future[None] = Future()
 
         def answering() -> None:
             try:
+                self._expect_open()
                 act()
                 answer.set_result(None)
             except Exception as error:
@@ -203,7 +224,11 @@ class NixlTransport(KVTransport):
 
         self._call(answering)
         # Bounded: the owner thread never waits for a peer.
-        answer.result(timeout=30.0)
+        while not answer.done() and self._thread.is_alive():
+            wait([answer], timeout=_ALIVE_S)
+        if not answer.done():
+            raise TransferError(self._failed or "the transport is closed")
+        answer.result()
 
     # What follows runs in the owner thread.
 
@@ -215,6 +240,19 @@ class NixlTransport(KVTransport):
             started.set_exception(TransferError(f"NIXL cannot start: {error}"))
             return
         started.set_result(None)
+        try:
+            self._serve()
+        except Exception as error:
+            # A fault of ours: nobody may wait for ever for what is open.
+            _log.exception("the transport fails")
+            self._failed = f"the transport failed: {error!r}"
+        try:
+            self._wind_up()
+        except Exception:
+            _log.exception("the transport is left as it is")
+
+    def _serve(self) -> None:
+        """Do what is asked for, until the end."""
         rest = Rest()
         moved_at = ticked_at = time.monotonic()
         while not self._closing:
@@ -225,10 +263,9 @@ class NixlTransport(KVTransport):
                 ticked_at = now
                 self._tick(now)
             if now - moved_at >= _SPIN_S:
-                self._nap()
+                self._nap(now - moved_at)
             elif not self._watch():
                 rest()
-        self._wind_up()
 
     def _step(self, now: float) -> bool:
         """Do what there is to do; return whether there was anything."""
@@ -288,12 +325,14 @@ class NixlTransport(KVTransport):
         found: bool = loops.watch(array("Q", words), self._bell, _WATCH_NS)
         return found
 
-    def _nap(self) -> None:
+    def _nap(self, quiet_s: float) -> None:
         counts = held(self._endpoint)
         busy = counts["offers"] or counts["fetches"]  # loose writes can wait
+        most_s = _BUSY_NAP_S if busy else _IDLE_NAP_S
         self._napping = True
         # Whoever called before they could see that has left the call there.
-        if not self._calls and self._called.wait(_BUSY_NAP_S if busy else _IDLE_NAP_S):
+        nap_s = min(max(quiet_s * _NAP, _SHORTEST_NAP_S), most_s)
+        if not self._calls and self._called.wait(nap_s):
             self._called.clear()
         self._napping = False
 
@@ -305,18 +344,18 @@ class NixlTransport(KVTransport):
     def _wind_up(self) -> None:
         """End everything, and leave only when no peer can write here any more."""
         until = time.monotonic() + _CLOSE_S
-        self._endpoint.close(time.monotonic())
+        self._endpoint.close(time.monotonic(), self._failed)
         while time.monotonic() < until:
             self._step(time.monotonic())
             counts = held(self._endpoint)
             if not counts["writes"] and not counts["fetches"]:
                 break
-            time.sleep(_BUSY_NAP_S)
+            time.sleep(_SHORTEST_NAP_S)
         self._endpoint.goodbye()
         self._carrier.carry()
         for _ in range(_GOODBYE_STEPS):  # UCX sends only when it is looked at
             self._carrier.step(time.monotonic())
-            time.sleep(_BUSY_NAP_S)
+            time.sleep(_SHORTEST_NAP_S)
         self._carrier.close()
 
 
