@@ -474,3 +474,23 @@ def test_a_peer_that_fails_again_and_again_is_not_asked_any_more(pair):
         pair.until(lambda id=id: pair.free(id))
     with pytest.raises(CircuitOpen):
         pair.target.fetch(Fetch(id=TransferId.fresh("r"), peer=pair.peer, blocks=[1]))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"writes_in_flight": 0},
+        {"piece_bytes": -5},
+        {"piece_bytes": 1.5},
+        {"copiers": 65},
+        {"max_attempts": 201},
+        {"heartbeat_s": 0.0},
+        {"silence_s": math.nan},
+        {"heartbeat_s": 9.0, "silence_s": 1.0},
+        {"early_asks": -1},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(odd):
+    with pytest.raises(TransferError, match=next(iter(odd))):
+        Settings(**odd)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...amounts import as_real
+from ...errors import TransferError
+
+_LONGEST_S = 1e6
+
 
 def transfer_config(
     *,
@@ -31,9 +36,17 @@ def transfer_config(
         through_host: Stage in host memory, where one GPU cannot map the other's:
             `choose_way` says `Way.HOST`, for example between MIG instances.
 
+    Raises:
+        TransferError: A time is not in 0..1e6 s, or there is no staging.
+
     >>> transfer_config(role="kv_producer")["kv_load_failure_policy"]
     'recompute'
     """
+    for name, seconds in (("timeout_s", timeout_s), ("offer_s", offer_s)):
+        if not 0 <= as_real(seconds) <= _LONGEST_S:
+            raise TransferError(f"{name} is {seconds!r}, must be in 0..1e6")
+    if not as_real(staging_bytes) > 0:
+        raise TransferError(f"staging_bytes is {staging_bytes!r}, must be above 0")
     return {
         "kv_connector": "LlmdConnector",
         "kv_connector_module_path": "llmd.adapters.vllm.connector",
