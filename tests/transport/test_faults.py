@@ -325,7 +325,7 @@ def test_a_frame_without_the_key_is_dropped(here, peers):
     id = fetch(here, peer, [1], ready=False)
     name = here_peer(here)
     forged = b"\x07\x01" + bytes(60)  # FAIL, but sealed by nobody
-    here.transport._call(lambda: here.transport._endpoint.heard(name, forged, 0.0))
+    here.transport._calls.put(lambda: here.transport._endpoint.heard(name, forged, 0.0))
     p.wait_for(lambda: here.transport.counts.get("forged"))
     assert here.ended(id) is None
     peer.do("ready", id, 0)

@@ -155,7 +155,7 @@ def test_a_nack_of_what_is_not_there_is_dropped(ends):
     values = np.array([77], np.uint64).tobytes()
     nack = Frame(Kind.NACK, id, values=values, blocks=1)
     outbox = target.transport._endpoint.outbox
-    target.transport._call(lambda: outbox.send(source.transport.id, nack))
+    target.transport._calls.put(lambda: outbox.send(source.transport.id, nack))
     source.transport.ready(id, 0)
     p.wait_for(target.freed)
     assert target.outcomes() == {"r": None}
@@ -180,7 +180,7 @@ def test_who_says_goodbye_is_heard_out_first(ends, count):
                 carrier._check(token, time.monotonic())
         time.sleep(0.6)
 
-    source.transport._call(write_all_and_stall)
+    source.transport._calls.put(write_all_and_stall)
     p.wait_for(lambda: len(target.outcomes()) == count)
     target.transport.close()
     p.wait_for(lambda: len(source.freed()) == count)
@@ -196,7 +196,7 @@ def test_who_lost_a_peer_and_meets_it_again_reads_its_ring_again(ends):
     def lose():
         other.transport._carrier._lose(one.transport.id, OSError(), time.monotonic())
 
-    other.transport._call(lose)
+    other.transport._calls.put(lose)
     p.wait_for(lambda: not other.rings())
     other.meet(one)
     begin(one, other, "again", 5, ready=True)
@@ -214,7 +214,7 @@ def test_a_frame_that_is_none_is_counted_and_the_next_is_heard(ends):
         assert mail.put(b"no frame")
         assert mail.put(bytes(100))
 
-    target.transport._call(scribble)
+    target.transport._calls.put(scribble)
     begin(source, target, "r", 1, ready=True)
     p.wait_for(target.freed)
     assert target.outcomes() == {"r": None}
@@ -231,7 +231,7 @@ def test_an_ask_without_a_time_is_refused_and_harms_nobody(ends):
     send = target.transport._endpoint.outbox.send
     for text in b"soon", b"9" * 5000, b"-1", b"":
         ask = Frame(Kind.ASK, id, values=bytes(8), text=text)
-        target.transport._call(lambda ask=ask: send(source.transport.id, ask))
+        target.transport._calls.put(lambda ask=ask: send(source.transport.id, ask))
     p.wait_for(lambda: source.transport.counts.get("forged") == 4)
     source.transport.ready(open_one, 0)
     p.wait_for(target.freed)

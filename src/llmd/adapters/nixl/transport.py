@@ -11,16 +11,14 @@ import sys
 import threading
 import time
 import uuid
-from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TypeVar
 
 import attrs
 
 from ...errors import TransferError
-from ...native import loops
 from ...transport.endpoint import Endpoint
 from ...transport.handshake import Address
 from ...transport.interface import (
@@ -35,6 +33,7 @@ from ...transport.interface import (
 )
 from ...transport.local import drain, held
 from ...transport.outbox import Settings
+from .calls import Calls
 from .carrier import Carrier
 from .path import COPIED, Path, PathLog, why_slow
 from .slab import Slab
@@ -49,10 +48,6 @@ _SETTINGS = {
     "VRAM": Settings(piece_bytes=1 << 28, writes_in_flight=8),
 }
 _SPIN_S = 2e-3
-_WATCH_NS = 10_000
-"""Between two looks at NIXL, while mail and calls are looked out for."""
-_HEARD_NS = 10_000
-"""For the owner thread to notice a call, at most."""
 _SHORTEST_NAP_S = 5e-5
 _BUSY_NAP_S = 5e-4
 _IDLE_NAP_S = 2e-3
@@ -60,8 +55,6 @@ _NAP = 1 / 16
 """Of the time for which nothing has moved: after long a little more is nothing."""
 _TICK_S = 1e-2
 _CLOSE_S = 1.0
-_ALIVE_S = 1.0
-"""Between two looks whether the owner's thread, which somebody waits for, lives."""
 _LOOKS = 200
 """At UCX's log for the way it chose, which it writes a little after it does."""
 _GOODBYE_STEPS = 20
@@ -122,20 +115,17 @@ class NixlTransport(KVTransport):
         )
         self._endpoint.outbox.tell = self._tell
         self._checksums = checksums
-        self._calls: deque[Callable[[], None]] = deque()
-        self._called = threading.Event()
-        self._bell = array("Q", [0, 0])
-        self._napping = self._watching = False
+        self._calls = Calls()
         self._reports: deque[Report] = deque()
         self._paths = PathLog.begin()
         self._path: Path | None = None
         self._looks = _LOOKS
         self._closing = False
-        self._failed = ""
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._own, args=(started,), name="llmd-nixl", daemon=True
         )
+        self._calls.owner = self._thread
         self._thread.start()
         started.result()
         # NIXL aborts a process that exits with an agent at work.
@@ -160,22 +150,22 @@ class NixlTransport(KVTransport):
     def connect(self, address: bytes) -> PeerId:
         endpoint = self._endpoint
         found = Address.verify(address, endpoint.key, endpoint.layout)
-        self._call(lambda: self._meet(found))
+        self._calls.put(lambda: self._meet(found))
         return found.id
 
     def offer(self, offer: Offer) -> None:
-        self._ask(lambda: self._endpoint.offer(offer, time.monotonic()))
+        self._calls.ask(lambda: self._endpoint.offer(offer, time.monotonic()))
 
     def ready(self, id: TransferId, layer: int) -> None:
         id, layer = as_id(id), as_index(layer)
-        self._call(lambda: self._endpoint.ready(id, layer))
+        self._calls.put(lambda: self._endpoint.ready(id, layer))
 
     def fetch(self, fetch: Fetch) -> None:
-        self._ask(lambda: self._endpoint.fetch(fetch, time.monotonic()))
+        self._calls.ask(lambda: self._endpoint.fetch(fetch, time.monotonic()))
 
     def cancel(self, id: TransferId, reason: str = "cancelled") -> None:
         id, why = as_id(id), str(reason)
-        self._call(lambda: self._endpoint.cancel(id, why, time.monotonic()))
+        self._calls.put(lambda: self._endpoint.cancel(id, why, time.monotonic()))
 
     def poll(self) -> list[Report]:
         reports = []
@@ -185,50 +175,12 @@ class NixlTransport(KVTransport):
         return reports
 
     def close(self) -> None:
-        self._expect_another_thread()
+        self._calls.expect_another_thread()
         self._closing = True
-        self._called.set()
+        self._calls.end("the transport is closed")
         self._thread.join()
         self._reports.extend(drain(self._endpoint))
         atexit.unregister(self.close)
-
-    def _call(self, act: Callable[[], None]) -> None:
-        """Let the owner thread *act* soon."""
-        self._expect_open()
-        self._calls.append(act)
-        if self._napping:  # setting it takes longer than the rest of this
-            self._called.set()
-        elif self._watching and loops is not None:
-            loops.ring(self._bell, _HEARD_NS)
-
-    def _expect_open(self) -> None:
-        if self._closing or self._failed:
-            raise TransferError(self._failed or "the transport is closed")
-
-    def _expect_another_thread(self) -> None:
-        if threading.current_thread() is self._thread:
-            raise TransferError("a wake cannot wait for the transport that calls it")
-
-    def _ask(self, act: Callable[[], None]) -> None:
-        """Let the owner thread *act*, and raise here what it raises."""
-        self._expect_another_thread()
-        answer: Future[None] = Future()
-
-        def answering() -> None:
-            try:
-                self._expect_open()
-                act()
-                answer.set_result(None)
-            except Exception as error:
-                answer.set_exception(error)
-
-        self._call(answering)
-        # Bounded: the owner thread never waits for a peer.
-        while not answer.done() and self._thread.is_alive():
-            wait([answer], timeout=_ALIVE_S)
-        if not answer.done():
-            raise TransferError(self._failed or "the transport is closed")
-        answer.result()
 
     # What follows runs in the owner thread.
 
@@ -240,14 +192,16 @@ class NixlTransport(KVTransport):
             started.set_exception(TransferError(f"NIXL cannot start: {error}"))
             return
         started.set_result(None)
+        reason = ""
         try:
             self._serve()
         except Exception as error:
             # A fault of ours: nobody may wait for ever for what is open.
             _log.exception("the transport fails")
-            self._failed = f"the transport failed: {error!r}"
+            reason = f"the transport failed: {error!r}"
+            self._calls.end(reason)
         try:
-            self._wind_up()
+            self._wind_up(reason)
         except Exception:
             _log.exception("the transport is left as it is")
 
@@ -264,15 +218,13 @@ class NixlTransport(KVTransport):
                 self._tick(now)
             if now - moved_at >= _SPIN_S:
                 self._nap(now - moved_at)
-            elif not self._watch():
+            elif not self._calls.watch(self._carrier.words()):
                 rest()
 
     def _step(self, now: float) -> bool:
         """Do what there is to do; return whether there was anything."""
-        moved = bool(self._calls)
+        moved = self._calls.take()
         if moved:
-            while self._calls:
-                self._calls.popleft()()
             self._carrier.carry()
         moved |= self._carrier.step(now)
         self._carrier.carry()
@@ -310,41 +262,21 @@ class NixlTransport(KVTransport):
                 cause = why_slow(self._slab.memory, same_host=near)
                 _log.warning("blocks go over %s: %s", self._path.lanes, cause)
 
-    def _watch(self) -> bool:
-        """Look out for calls and mail, if there is no more to look out for.
-
-        Others have the interpreter meanwhile.
-
-        Returns:
-            Whether there is any.
-        """
-        words = self._carrier.words()
-        self._watching = loops is not None and bool(words)
-        if loops is None or not words:
-            return False
-        found: bool = loops.watch(array("Q", words), self._bell, _WATCH_NS)
-        return found
-
     def _nap(self, quiet_s: float) -> None:
         counts = held(self._endpoint)
         busy = counts["offers"] or counts["fetches"]  # loose writes can wait
         most_s = _BUSY_NAP_S if busy else _IDLE_NAP_S
-        self._napping = True
-        # Whoever called before they could see that has left the call there.
-        nap_s = min(max(quiet_s * _NAP, _SHORTEST_NAP_S), most_s)
-        if not self._calls and self._called.wait(nap_s):
-            self._called.clear()
-        self._napping = False
+        self._calls.nap(min(max(quiet_s * _NAP, _SHORTEST_NAP_S), most_s))
 
     def _meet(self, address: Address) -> None:
         now = time.monotonic()
         if self._carrier.reach(address, now):
             self._endpoint.meet(address.id, now)
 
-    def _wind_up(self) -> None:
+    def _wind_up(self, reason: str) -> None:
         """End everything, and leave only when no peer can write here any more."""
         until = time.monotonic() + _CLOSE_S
-        self._endpoint.close(time.monotonic(), self._failed)
+        self._endpoint.close(time.monotonic(), reason)
         while time.monotonic() < until:
             self._step(time.monotonic())
             counts = held(self._endpoint)
