@@ -250,6 +250,13 @@ class Head(llmd.PrefixOverlap):
         return np.minimum(held, most) / most
 
 
+class Heard(llmd.ExactIndex):
+    """llm-d's index: of what engines have told, and not of what is on its way."""
+
+    def expect(self, worker: llmd.WorkerId, request: llmd.Request, at: float) -> None:
+        pass
+
+
 class Remembered(llmd.GuessedIndex):
     """Its memory: 31,250 such blocks of each server, whatever that holds."""
 
@@ -265,7 +272,7 @@ LOAD = ScrapedUsage() + ScrapedQueue()
 SCORERS = {
     "precise-scheduling": (
         3 * llmd.PrefixOverlap() + 2 * ScrapedUsage() + 2 * ScrapedQueue(),
-        llmd.ExactIndex,
+        Heard,
     ),
     "estimated-scheduling": (Head() + LOAD, lambda: Remembered(ttl=math.inf)),
     "load-scheduling": (LOAD, llmd.ExactIndex),
