@@ -1,5 +1,6 @@
 """One contract for every transport; it runs on each of them."""
 
+import hmac
 import itertools
 import math
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from llmd.errors import CircuitOpen, HandshakeRefused, TransferError
 from llmd.transport import (
+    Address,
     BlocksFreed,
     Fetch,
     Layout,
@@ -494,3 +496,13 @@ def test_a_peer_that_fails_again_and_again_is_not_asked_any_more(pair):
 def test_settings_that_make_no_sense_are_refused(odd):
     with pytest.raises(TransferError, match=next(iter(odd))):
         Settings(**odd)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"protocol": 4}', b'{"protocol": 4, "layout": 1}']
+)
+def test_a_signed_address_that_is_none_is_refused(body):
+    key = b"k" * 32
+    signed = hmac.digest(key, body, "sha256") + body
+    with pytest.raises(HandshakeRefused):
+        Address.verify(signed, key, LAYOUT)

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peer as p
 
 from llmd.adapters.nixl import NixlTransport, Slab
-from llmd.adapters.nixl.carrier import Carrier
 from llmd.errors import TransferError
 from llmd.native import loops
 from llmd.transport import Fetch, Layout, Offer, TransferEnded, TransferId
@@ -167,8 +166,6 @@ def test_a_nack_of_what_is_not_there_is_dropped(ends):
 @pytest.mark.parametrize("count", [250])
 def test_who_says_goodbye_is_heard_out_first(ends, count, monkeypatch):
     """However many acknowledgements wait where they are looked at late."""
-    # One a look, so that the goodbye is there long before the last of them.
-    monkeypatch.setattr(Carrier._take_mail, "__defaults__", (1,))
     source, target = ends(7), ends(0)
     target.meet(source)
     ids = [begin(source, target, str(i), i) for i in range(count)]

@@ -23,6 +23,8 @@ enum { FRAME_KIND, FRAME_ID, FRAME_LAYER, FRAME_ATTEMPT, FRAME_START, FRAME_VALU
 static uint64_t
 frame_number(PyObject *tuple, Py_ssize_t field, uint64_t most)
 {
+    if (PyErr_Occurred())
+        return 0;
     PyObject *item = PyNumber_Index(PyTuple_GET_ITEM(tuple, field));
     if (item == NULL)
         return 0;

@@ -67,14 +67,17 @@ class Address:
         signature, body = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
         if not hmac.compare_digest(signature, hmac.digest(key, body, hashlib.sha256)):
             raise HandshakeRefused("key", "the address is not signed with our key")
-        fields = json.loads(body)
-        protocol = fields.pop("protocol")
-        if protocol != VERSION:
-            raise HandshakeRefused("protocol", f"{VERSION} here, {protocol} there")
-        fields["layout"] = Layout(**fields["layout"])
-        fields["bases"] = tuple(fields["bases"])
-        fields["metadata"] = bytes.fromhex(fields["metadata"])
-        address = cls(**fields)
+        try:
+            fields = json.loads(body)
+            protocol = fields.pop("protocol")
+            if protocol != VERSION:
+                raise HandshakeRefused("protocol", f"{VERSION} here, {protocol} there")
+            fields["layout"] = Layout(**fields["layout"])
+            fields["bases"] = tuple(fields["bases"])
+            fields["metadata"] = bytes.fromhex(fields["metadata"])
+            address = cls(**fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise HandshakeRefused("address", f"it is none: {error!r}") from error
         mismatch = ours.mismatch(address.layout)
         if mismatch is not None:
             raise HandshakeRefused(*mismatch)

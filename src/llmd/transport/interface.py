@@ -51,7 +51,7 @@ class TransferId(NamedTuple):
 _MOST_LAYERS = _LONGEST_NAME = 0xFFFF
 """As frames have two bytes for either."""
 _MOST_BLOCKS, _MOST_GENERATIONS = 1 << 32, 1 << 64
-_LONGEST_S = 1e6
+LONGEST_S = 1e6
 """That a transfer may take: what is held for it is let go of some day."""
 
 
@@ -145,7 +145,7 @@ def _a_peer(instance: object, field: Any, value: Any) -> None:
         raise TransferError(f"{shown(value)} is no peer's id")
 
 
-_SECONDS = a_number(most=_LONGEST_S, error=TransferError)
+_SECONDS = a_number(most=LONGEST_S, error=TransferError)
 
 
 @attrs.frozen(kw_only=True)

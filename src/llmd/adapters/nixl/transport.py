@@ -51,7 +51,7 @@ _SPIN_S = 2e-3
 _SHORTEST_NAP_S = 5e-5
 _BUSY_NAP_S = 5e-4
 _IDLE_NAP_S = 2e-3
-_NAP = 1 / 16
+_NAP = 1 / 128
 """Of the time for which nothing has moved: after long a little more is nothing."""
 _TICK_S = 1e-2
 _CLOSE_S = 1.0
@@ -120,7 +120,6 @@ class NixlTransport(KVTransport):
         self._paths = PathLog.begin()
         self._path: Path | None = None
         self._looks = _LOOKS
-        self._closing = False
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._own, args=(started,), name="llmd-nixl", daemon=True
@@ -176,7 +175,6 @@ class NixlTransport(KVTransport):
 
     def close(self) -> None:
         self._calls.expect_another_thread()
-        self._closing = True
         self._calls.end("the transport is closed")
         self._thread.join()
         self._reports.extend(drain(self._endpoint))
@@ -209,7 +207,7 @@ class NixlTransport(KVTransport):
         """Do what is asked for, until the end."""
         rest = Rest()
         moved_at = ticked_at = time.monotonic()
-        while not self._closing:
+        while not self._calls.refusal:
             now = time.monotonic()
             if self._step(now):
                 moved_at = now
@@ -264,9 +262,11 @@ class NixlTransport(KVTransport):
 
     def _nap(self, quiet_s: float) -> None:
         counts = held(self._endpoint)
-        busy = counts["offers"] or counts["fetches"]  # loose writes can wait
-        most_s = _BUSY_NAP_S if busy else _IDLE_NAP_S
-        self._calls.nap(min(max(quiet_s * _NAP, _SHORTEST_NAP_S), most_s))
+        if counts["offers"] or counts["fetches"]:  # loose writes can wait
+            nap_s = min(max(quiet_s * _NAP, _SHORTEST_NAP_S), _BUSY_NAP_S)
+        else:
+            nap_s = _IDLE_NAP_S
+        self._calls.nap(nap_s)
 
     def _meet(self, address: Address) -> None:
         now = time.monotonic()

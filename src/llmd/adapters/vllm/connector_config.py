@@ -6,8 +6,7 @@ from typing import Any
 
 from ...amounts import as_real
 from ...errors import TransferError
-
-_LONGEST_S = 1e6
+from ...transport.interface import LONGEST_S
 
 
 def transfer_config(
@@ -43,8 +42,8 @@ def transfer_config(
     'recompute'
     """
     for name, seconds in (("timeout_s", timeout_s), ("offer_s", offer_s)):
-        if not 0 <= as_real(seconds) <= _LONGEST_S:
-            raise TransferError(f"{name} is {seconds!r}, must be in 0..1e6")
+        if not 0 <= as_real(seconds) <= LONGEST_S:
+            raise TransferError(f"{name} is {seconds!r}, must be in 0..{LONGEST_S:g}")
     if not as_real(staging_bytes) > 0:
         raise TransferError(f"staging_bytes is {staging_bytes!r}, must be above 0")
     return {
