@@ -1,6 +1,7 @@
 """vLLM's own NIXL connector through llmd: a lapsed lease must not give wrong tokens."""
 
 import asyncio
+import contextlib
 import random
 import socket
 import time
@@ -12,6 +13,7 @@ pytest.importorskip("nixl")
 from llmd.adapters.vllm.connector_config import nixl_config
 from llmd.adapters.vllm.engine import VllmEngine
 from llmd.adapters.vllm.tiny import make_model
+from llmd.errors import EngineError
 from llmd.live.engine import Call
 from llmd.types import Request
 
@@ -19,13 +21,7 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 LEASE_S = 6
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def engine(model, role):
+def engine(model, role, **environment):
     return VllmEngine(
         model,
         options={
@@ -35,10 +31,7 @@ def engine(model, role):
             "skip_tokenizer_init": True,
             "kv_transfer_config": nixl_config(role=role, lease_s=LEASE_S, cpu=True),
         },
-        environment={
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-        },
+        environment={"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", **environment},
     )
 
 
@@ -58,15 +51,25 @@ def tokens(pieces):
     return [token for piece in pieces for token in piece.token_ids]
 
 
+async def started(stack, one, name):
+    stack.push_async_callback(one.stop)
+    await one.start(name, lambda report: None, lambda state: None)
+    return one
+
+
 @pytest.fixture(scope="module")
-async def engines(tmp_path_factory):
-    model = make_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer=False)
-    made = [engine(model, "kv_producer"), engine(model, "kv_consumer")]
-    for name, one in zip("pd", made, strict=True):
-        await one.start(name, lambda report: None, lambda state: None)
-    yield made
-    for one in made:
-        await one.stop()
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+async def engines(model):
+    """Two engines, each at a port that nobody chose."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [
+            await started(stack, engine(model, "kv_producer"), "p"),
+            await started(stack, engine(model, "kv_consumer"), "d"),
+        ]
 
 
 async def test_a_hand_off_in_time_gives_the_tokens_of_one_engine(engines):
@@ -99,3 +102,14 @@ async def test_a_lapsed_hand_off_is_computed_and_right(engines):
     want = await answer(prefill, asked("lw", 500, 50))
     assert tokens(got) == tokens(want)
     assert decode.counters["external_prefix_cache_hits"] == before
+
+
+async def test_a_port_that_is_taken_is_told_at_once(model, capfd):
+    """vLLM's connector by itself waits for ever, and its engine with it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        one = engine(model, "kv_producer", VLLM_NIXL_SIDE_CHANNEL_PORT=port)
+        async with contextlib.AsyncExitStack() as stack, asyncio.timeout(120):
+            with pytest.raises(EngineError, match="did not start"):
+                await started(stack, one, "late")
+    assert f"PORT {port} of 127.0.0.1: [Errno 98]" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -235,6 +236,31 @@ async def test_a_start_that_is_cut_short_leaves_nothing(models):
     async with asyncio.timeout(60):
         while launch._starting.locked() or cores():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+
+
+async def test_a_core_that_does_not_come_up_is_killed(models):
+    """vLLM by itself waits for it for ever, and every later engine with it."""
+
+    async def freeze():
+        while True:
+            await asyncio.sleep(0.01)
+            for core in multiprocessing.active_children():
+                if core.name == "EngineCore":
+                    os.kill(core.pid, signal.SIGSTOP)
+                    return core
+
+    freezing = asyncio.create_task(freeze())
+    engine = VllmEngine(models[0], options=OPTIONS, start_timeout=20)
+    with pytest.raises(EngineError, match="did not get"):
+        async with running(engine, "frozen"):
+            pass
+    core = await freezing
+    async with asyncio.timeout(60):
+        while launch._starting.locked() or cores():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert core.exitcode == -signal.SIGKILL
+    async with running(VllmEngine(models[0], options=OPTIONS), "next") as after:
+        assert len(tokens_of(await after.answer(request("on", prompt(20))))) == 8
 
 
 def test_salts_give_names_of_their_own():

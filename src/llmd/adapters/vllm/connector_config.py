@@ -86,8 +86,10 @@ def nixl_config(
 ) -> dict[str, Any]:
     """Return the `kv_transfer_config` for vLLM's own NIXL connector, guarded.
 
-    Each engine also needs `VLLM_NIXL_SIDE_CHANNEL_HOST` and a
-    `VLLM_NIXL_SIDE_CHANNEL_PORT` of its own in its environment.
+    Engines find each other at `VLLM_NIXL_SIDE_CHANNEL_HOST`, from the environment
+    of each, and a port of its own: `VLLM_NIXL_SIDE_CHANNEL_PORT` if that is set
+    (plus its data-parallel rank; taken by another, the engine does not start), else
+    any that is free.
 
     Args:
         role: "kv_producer", "kv_consumer" or "kv_both".

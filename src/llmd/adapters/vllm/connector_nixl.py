@@ -13,6 +13,8 @@ well under half the lease.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +24,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import (
     NixlPushConnector,
 )
 
+from ...errors import EngineError
+
 _log = logging.getLogger(__name__)
+_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _UNTIL = "llmd_until"
 
 
@@ -48,8 +53,35 @@ def lapsed(params: Mapping[str, Any] | None, now: float) -> bool:
     return bool(now > params.get(_UNTIL, float("inf")))
 
 
+def side_port(host: str, port: int) -> int:
+    """Return *port*, or any if it is 0, that can be listened at.
+
+    vLLM's connector would wait for ever for a listener that found it taken.
+
+    Raises:
+        EngineError: It cannot; says why.
+
+    >>> side_port("127.0.0.1", 0) > 1023
+    True
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as found:
+            return int(found.getsockname()[1])
+    except OSError as error:
+        raise EngineError(f"{_PORT} {port} of {host}: {error}") from error
+
+
 class _Guard:
     """Marks what a prefill engine hands over and refuses what has lapsed."""
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        self._listen()
+        super().set_xfer_handshake_metadata(metadata)  # type: ignore[misc]
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
+        self._listen()
+        super().set_xfer_handshake_metadata_pp_aware(metadata)  # type: ignore[misc]
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -78,6 +110,12 @@ class _Guard:
     ) -> tuple[bool, dict[str, Any] | None]:
         delayed, params = super().request_finished_all_groups(request, block_ids)  # type: ignore[misc]
         return delayed, marked(params, self._lease_s(), time.time())
+
+    def _listen(self) -> None:
+        """Choose the port where vLLM's connector is about to listen."""
+        side = self.connector_scheduler  # type: ignore[attr-defined]
+        wanted = side.side_channel_port if _PORT in os.environ else 0
+        side.side_channel_port = side_port(side.side_channel_host, wanted)
 
     def _lease_s(self) -> float:
         config = self.kv_transfer_config  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import functools
 import inspect
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -237,6 +238,7 @@ class VllmEngine(Engine):
         # Handed over in a list: a future or a frame of the thread that keeps the
         # engine would have it collected at exit, too late for its own clean-up.
         made: list[Any] = []
+        given_up = threading.Event()
         loading = loop.run_in_executor(
             None,
             launch,
@@ -246,13 +248,16 @@ class VllmEngine(Engine):
             self._all_options(),
             self._environment,
             endpoint,
-            stats.listener(self._signals, self.counters),
+            functools.partial(stats.listener, self._signals, self.counters),
+            given_up,
         )
         try:
             async with asyncio.timeout(self._start_timeout):
                 await asyncio.shield(loading)
         except BaseException:
-            # The thread cannot be stopped; what it makes is ended when it comes.
+            # The thread cannot be stopped, but what it waits for can; what it makes
+            # all the same is ended when it comes.
+            given_up.set()
             loading.add_done_callback(functools.partial(_discard, made))
             raise
         self._llm = llm = made.pop()

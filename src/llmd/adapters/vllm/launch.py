@@ -17,6 +17,7 @@ Measured with vLLM 0.32.0 on 2 cores; 0.26 takes the same options.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import threading
 import warnings
@@ -36,6 +37,9 @@ _CPU_OPTIONS: Mapping[str, Any] = {
 }
 # Engines of one process start one after another: the environment is shared.
 _starting = threading.Lock()
+_CORE = "EngineCore"
+"""What vLLM calls the processes of its cores, a rank behind it or not."""
+_LOOK_S = 0.1
 
 
 def launch(
@@ -45,7 +49,8 @@ def launch(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    listener: Callable[..., Any],
+    listener: Callable[[], Callable[..., Any]],
+    given_up: threading.Event,
 ) -> None:
     """Start an `AsyncLLM`; blocks for seconds, so call it in a thread.
 
@@ -56,12 +61,13 @@ def launch(
         options: Of `AsyncEngineArgs`; they override what is chosen here.
         environment: Set while it starts, for its processes to inherit.
         events: Where it shall publish KV events.
-        listener: Stat logger factory, called by vLLM.
+        listener: Makes vLLM's stat logger factory, here, as it imports vLLM.
+        given_up: Once it is set, whatever process was started is killed.
 
     Raises:
         EngineError: It did not start.
     """
-    with _starting:
+    with _starting, _killed_when(given_up):
         try:
             made.append(_launch(model, names, options, environment, events, listener))
         except Exception as error:
@@ -74,7 +80,7 @@ def _launch(
     options: Mapping[str, Any],
     environment: Mapping[str, str],
     events: KVEndpoint,
-    listener: Callable[..., Any],
+    listener: Callable[[], Callable[..., Any]],
 ) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -99,8 +105,35 @@ def _launch(
         threads = int(variables.get("OMP_NUM_THREADS", 0))
         with _environment(fork), _torch_threads(threads), _quiet():
             return AsyncLLM.from_vllm_config(
-                config, stat_loggers=[listener], disable_log_stats=True
+                config, stat_loggers=[listener()], disable_log_stats=True
             )
+
+
+@contextlib.contextmanager
+def _killed_when(given_up: threading.Event) -> Iterator[None]:
+    """Kill the cores that are started meanwhile, once *given_up* is set.
+
+    vLLM waits for a core that does not come up for as long as it lives, and with
+    it would wait the thread, every engine started later, and Python at its exit.
+    """
+    before, done = set(multiprocessing.active_children()), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK_S):
+            if given_up.is_set():
+                for child in multiprocessing.active_children():
+                    if child not in before and child.name.startswith(_CORE):
+                        child.kill()
+
+    if given_up.is_set():
+        raise EngineError("it was given up before it began")
+    watcher = threading.Thread(target=watch, name="llmd-vllm-launch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _chosen(
