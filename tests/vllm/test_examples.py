@@ -6,10 +6,10 @@ import json
 import os
 import pathlib
 import re
-import socket
 import sys
 
 import pytest
+from tests.vllm.conftest import free_port
 
 pytest.importorskip("vllm")
 from llmd.adapters.vllm.tiny import make_model
@@ -81,9 +81,7 @@ async def test_study(model, row, tmp_path):
 @contextlib.asynccontextmanager
 async def vllm_server(model):
     """Start vLLM's own OpenAI server on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--host", "127.0.0.1", "--port", str(port)),
@@ -98,7 +96,11 @@ async def vllm_server(model):
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        await process.wait()
+        try:
+            async with asyncio.timeout(30):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
 
 
 async def healthy(http, url, seconds=120):
