@@ -21,6 +21,9 @@ MACHINES = {
     "slow host": attrs.evolve(MACHINE, host_s=0.012),
     # At first the host takes longer for a step, and then the GPU.
     "crossing": attrs.evolve(MACHINE, host_s=0.0105, decode_s_per_context_token=1e-5),
+    "shared": attrs.evolve(
+        MACHINE, decode_s_per_context_token=1e-5, shared_read=0.25, decode_floor_s=1e-3
+    ),
     "hot": attrs.evolve(MACHINE, host_s=6e-3, hot_slowdown=0.5),
 }
 
@@ -73,6 +76,23 @@ def test_one_request_takes_its_prefill_and_its_steps():
     steps = [MACHINE.decode_s(1, 101 + i) for i in range(10)]
     assert times(events, e.FirstToken)["a"] == pytest.approx(first)
     assert times(events, e.RequestEnded)["a"] == pytest.approx(first + sum(steps))
+
+
+@pytest.mark.parametrize("shared_read", [1.0, 0.25, 0.0])
+def test_what_another_reads_as_well_costs_less(shared_read):
+    machine = attrs.evolve(MACHINE, shared_read=shared_read)
+    model = make(machine=machine)
+    shared, own = {"text": 5, "output": 101}, {"text": 6, "output": 101}
+    arrivals = [("a", shared), ("b", shared), ("c", shared), ("d", own)]
+    drain(model, [(0.0, sequence(id, 100, **fields)) for id, fields in arrivals])
+    alone = sum([run[2] for run in model.log if run[3] == 1])
+    [(start, end, steps, *_)] = [run for run in model.log if run[3] == 4]
+    assert steps == 100 - alone, "till the first has its answer"
+    contexts = sum(4 * (101 + step) + alone for step in range(steps))
+    # Six full blocks of the first are read by two others too.
+    contexts -= steps * 2 * 96 * (1 - shared_read)
+    want = steps * machine.decode_s(4, contexts / steps)
+    assert end - start == pytest.approx(want)
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_decoding():
@@ -210,7 +230,8 @@ def settle(plan, step_tokens, kv_blocks, places, single, machine=MACHINE):
     worker = Worker(id="w", kv_blocks=kv_blocks, block_tokens=16, max_running=places)
     model = make(worker, machine, step_tokens=step_tokens)
     if single:
-        model._scheduler = Plodding(worker, model.settings, model.kv)
+        shares = machine.shared_read < 1
+        model._scheduler = Plodding(worker, model.settings, model.kv, shares)
     arrivals, aborts = [], []
     for row, (at, tokens, output, text, patience) in enumerate(plan):
         arrivals.append((at, sequence(f"r{row}", tokens, output, text=text)))

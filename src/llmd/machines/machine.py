@@ -38,6 +38,7 @@ _BOUNDS = {
     "prefix_s_per_token": _ANY,
     "decode_s_per_request": _ANY,
     "decode_s_per_context_token": _ANY,
+    "shared_read": (0.0, 1.0),
     "kv_bytes_per_token": _ANY,
     "weights_bytes": _ANY,
 }
@@ -106,6 +107,9 @@ class Machine:
         decode_s_per_request: Of one more request in the batch, its token in
             the matrix products not counted.
         decode_s_per_context_token: Of reading one more token of context.
+        shared_read: What it costs to read one that another request of the batch
+            reads as well, of what it costs alone: the second finds it in the GPU's
+            cache.  The simulator knows who shares what; `step_s` does not.
         host_s: For which a step without a prompt keeps the host busy; 0: it is not
             told apart, floors are as if the GPU's.
         host_s_per_request: For which one more request that generates does, whether
@@ -138,6 +142,7 @@ class Machine:
     prefix_s_per_token: float = 0.6119e-6
     decode_s_per_request: float = 5.047e-6
     decode_s_per_context_token: float = 11.97e-9
+    shared_read: float = 1.0
     host_s: float = 0.0
     host_s_per_request: float = 0.0
     hot_slowdown: float = 0.0

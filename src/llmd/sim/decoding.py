@@ -21,6 +21,7 @@ class Decoding:
 
     Attributes:
         block_tokens: Tokens a KV block.
+        shares: Count the blocks that several of them read.
         steps: Done so far.
 
     >>> from llmd import Request
@@ -33,9 +34,12 @@ class Decoding:
     """
 
     block_tokens: int
+    shares: bool = False
     steps: int = 0
     _sequences: dict[Sequence, None] = attrs.field(factory=dict, init=False)
     _bases: int = attrs.field(default=0, init=False)
+    _readers: dict[int, int] = attrs.field(factory=dict, init=False)
+    _repeats: int = attrs.field(default=0, init=False)
     _ends: list[tuple[int, int, Sequence]] = attrs.field(factory=list, init=False)
 
     def __len__(self) -> int:
@@ -52,23 +56,43 @@ class Decoding:
         """Sum of the contexts that the next step reads."""
         return self._bases + len(self._sequences) * (self.steps + 1)
 
+    @property
+    def repeated_tokens(self) -> int:
+        """Those of `context_tokens` that somebody else reads as well, but the first."""
+        return self._repeats * self.block_tokens
+
     def join(self, sequence: Sequence, left: int) -> None:
         """Let *sequence* generate *left* tokens more."""
         sequence.base = sequence.length - self.steps
         sequence.end_step = self.steps + left
         self._sequences[sequence] = None
         self._bases += sequence.base
+        if self.shares:
+            self._count(sequence, 1)
         heapq.heappush(self._ends, (sequence.end_step, sequence.order, sequence))
 
     def leave(self, sequence: Sequence) -> None:
         """Take *sequence* out and write up what it became."""
         del self._sequences[sequence]
         self._bases -= sequence.base
+        if self.shares:
+            self._count(sequence, -1)
         tokens = sequence.base + self.steps
         sequence.generated += tokens - sequence.length
         sequence.length = tokens
         blocks = -(-tokens // self.block_tokens)
         sequence.nameless = blocks - len(sequence.owned)
+
+    def _count(self, sequence: Sequence, change: int) -> None:
+        """Let *sequence* begin (1) or end (-1) to read its blocks."""
+        readers = self._readers
+        for name in sequence.owned:
+            before = readers.get(name, 0)
+            readers[name] = after = before + change
+            if not after:
+                del readers[name]
+            elif before:
+                self._repeats += change
 
     def generated(self, sequence: Sequence) -> int:
         """Return how many tokens of its answer *sequence* has by now."""

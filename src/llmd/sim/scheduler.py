@@ -40,6 +40,7 @@ class Scheduler:
         worker: What it told the cluster.
         settings: How it schedules.
         kv: Its cache.
+        shares: Count the blocks that several requests read.
         decoding: Who generates.
         partial: Whose prompt is half done after the next step.
         completing: Whose prompts end with it.
@@ -52,6 +53,7 @@ class Scheduler:
     worker: Worker
     settings: EngineSettings
     kv: Residency
+    shares: bool = False
     decoding: Decoding = attrs.field(init=False)
     partial: Sequence | None = attrs.field(default=None, init=False)
     completing: list[Sequence] = attrs.field(factory=list, init=False)
@@ -65,7 +67,7 @@ class Scheduler:
     _missed: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.decoding = Decoding(self.worker.block_tokens)
+        self.decoding = Decoding(self.worker.block_tokens, self.shares)
         # One token of each step is left for a prompt, so that none starves.
         self._places = min(self.worker.max_running, self.settings.step_tokens - 1)
 

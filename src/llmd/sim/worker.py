@@ -69,7 +69,8 @@ class ModelWorker:
 
     def __attrs_post_init__(self) -> None:
         self.kv = Residency(self.worker, self.settings, self._events)
-        self._scheduler = Scheduler(self.worker, self.settings, self.kv)
+        shares = self.machine.shared_read < 1.0
+        self._scheduler = Scheduler(self.worker, self.settings, self.kv, shares)
         self._gauges = Gauges(self.settings.steps_ahead)
         self._pace = Pace(self.machine, ahead=self.settings.steps_ahead > 0)
 
@@ -222,12 +223,14 @@ class ModelWorker:
         if self._pace.matters:
             self._pace.begin(now, rested=loading > 0)
             steps = 1 if chunks else steps
-        context, grown = scheduler.decoding.context_tokens, steps - 1
+        decoding, grown = scheduler.decoding, steps - 1
+        spared = (1.0 - self.machine.shared_read) * decoding.repeated_tokens
+        context = decoding.context_tokens - spared
         first = self._step_s(chunks, context)
         growth = 0.0
         if grown:
             last = [Chunk(own, done + own * grown) for own, done in chunks]
-            more = len(scheduler.decoding) * grown
+            more = len(decoding) * grown
             growth = (self._step_s(last, context + more) - first) / grown
         self._run = run = Run(now + loading, steps, first, growth)
         if self._pace.ahead:
@@ -277,7 +280,7 @@ class ModelWorker:
         run.steps = steps
         return run.end
 
-    def _step_s(self, chunks: list[Chunk], context_tokens: int) -> float:
+    def _step_s(self, chunks: list[Chunk], context_tokens: float) -> float:
         decoding = len(self._scheduler.decoding)
         if not chunks:
             return self.machine.decode_s(decoding, context_tokens)
