@@ -264,6 +264,25 @@ def test_azure_rows_may_have_zones_and_whole_seconds_and_any_order(tmp_path):
         traces.azure(path)
 
 
+def test_jobs_that_were_changed_are_not_remade_without_the_change():
+    load = workloads.dialogue(requests=40, seed=1)
+    short = [attrs.evolve(job, output_tokens=1) for job in load]
+    changed = attrs.evolve(load, jobs=short)
+    assert changed.remake is None
+    for seed in (2, 3):
+        assert {job.output_tokens for job in changed.seeded(seed)} == {1}
+    assert attrs.evolve(changed, remake=load.remake).remake is None
+
+
+def test_what_has_its_own_jobs_is_remade():
+    load = workloads.dialogue(requests=40, seed=1).at_rate(3.0)
+    named = attrs.evolve(load, name="other")
+    assert content(named.seeded(2)) == content(load.seeded(2))
+    again = pickle.loads(pickle.dumps(load))
+    assert content(attrs.evolve(again, name="it").seeded(2)) == content(load.seeded(2))
+    assert content(load.seeded(2)) != content(load)
+
+
 @pytest.mark.parametrize("change", ["at_rate", "jittered"])
 def test_followers_move_with_whom_they_follow(change, tmp_path):
     load = workloads.dialogue(rate=4.0, requests=300, seed=1)

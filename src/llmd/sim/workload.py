@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
@@ -67,7 +68,9 @@ class Workload:
         name: For reports.
         jobs: Those that arrive by themselves in order of `at`, and followers.
         block_tokens: Smallest block size at which all prompts have names.
-        remake: Makes the same kind of workload from another seed, if it can.
+        remake: Makes the same kind of workload from another seed, if it can; None
+            where `jobs` are others than those it came with, as after
+            `attrs.evolve(workload, jobs=...)`: other seeds would not have them.
 
     >>> from llmd.sim import workloads
     >>> dialogue = workloads.dialogue(rate=2.0, requests=100, seed=1)
@@ -81,6 +84,13 @@ class Workload:
     jobs: tuple[Job, ...] = attrs.field(converter=_ordered, repr=False)
     block_tokens: int = 16
     remake: Callable[[int], Workload] | None = attrs.field(default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        remake = self.remake
+        if remake is not None and not isinstance(remake, _Made):
+            object.__setattr__(self, "remake", _Made(remake, self.jobs))
+        elif remake is not None and not remake.made(self.jobs):
+            object.__setattr__(self, "remake", None)
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -146,7 +156,7 @@ class Workload:
         rng = np.random.default_rng(seed)
         moves = rng.uniform(0.0, width_s, len(self.jobs)).tolist()
         jobs = self._moved(dict(zip(self.jobs, moves, strict=True)))
-        remake = self.remake and _Changed(self.remake, "jittered", (width_s, seed))
+        remake = self._changed("jittered", (width_s, seed))
         return attrs.evolve(self, jobs=jobs, remake=remake)
 
     def arriving(self, times: Floats) -> Workload:
@@ -161,8 +171,14 @@ class Workload:
     def _stretched(self, factor: float) -> Workload:
         start = min([job.at for job in self.jobs if not job.follows])
         moves = {job: (job.at - start) * (factor - 1.0) for job in self.jobs}
-        remake = self.remake and _Changed(self.remake, "_stretched", (factor,))
+        remake = self._changed("_stretched", (factor,))
         return attrs.evolve(self, jobs=self._moved(moves), remake=remake)
+
+    def _changed(self, method: str, arguments: tuple[float, ...]) -> _Changed | None:
+        """Return what remakes it and calls *method*."""
+        if not isinstance(self.remake, _Made):
+            return None
+        return _Changed(self.remake.remake, method, arguments)
 
     def _moved(self, moves: Mapping[Job, float]) -> list[Job]:
         """Return its jobs, moved in time with their deadlines.
@@ -185,6 +201,21 @@ def _later(job: Job, move: float) -> Job:
     if request.deadline < math.inf:
         request = attrs.evolve(request, deadline=request.deadline + move)
     return attrs.evolve(job, at=job.at + move, request=request)
+
+
+@attrs.frozen
+class _Made:
+    """What makes workloads anew, with the jobs of the one that it belongs to."""
+
+    remake: Callable[[int], Workload]
+    jobs: tuple[Job, ...]
+
+    def __call__(self, seed: int) -> Workload:
+        return self.remake(seed)
+
+    def made(self, jobs: tuple[Job, ...]) -> bool:
+        same = len(jobs) == len(self.jobs)
+        return same and all(map(operator.is_, jobs, self.jobs))
 
 
 @attrs.frozen
