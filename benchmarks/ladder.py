@@ -25,8 +25,16 @@ import llmd
 from llmd.machines import H100, Machine
 from llmd.machines.shape import Shape
 from llmd.router.interface import Floats
-from llmd.sim import EngineSettings, Job, Report, Workload, fleet, simulate, workloads
-from llmd.sim.report import WorkerLoad
+from llmd.sim import (
+    EngineSettings,
+    Job,
+    Report,
+    WorkerLoad,
+    Workload,
+    fleet,
+    simulate,
+    workloads,
+)
 
 QWEN3_32B = Shape(
     name="qwen3-32b",

@@ -23,9 +23,10 @@ from . import commands as c
 from .cluster import Cluster
 from .errors import InvalidRequest, LlmdError
 from .sim.ledger import Ledger
+from .sim.load import WorkerLoad
 from .sim.outcome import Outcome
 from .sim.prompts import SegmentPrompt, tokens_of
-from .sim.report import Report, WorkerLoad
+from .sim.report import Report
 from .sim.workload import Job, Workload
 from .types import Request, RequestId, WorkerId
 from .view import Floats

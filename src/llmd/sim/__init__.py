@@ -13,7 +13,8 @@ from .calibration import Calibration
 from .capacity import Capacity, capacities, capacity
 from .face import fleet, simulate
 from .faults import Crash
-from .report import Report, Slo, WorkerLoad
+from .load import WorkerLoad
+from .report import Report, Slo
 from .rollout import Rollout
 from .sequence import EngineSettings
 from .shares import Share, Shares, shares

@@ -16,6 +16,7 @@ from ..errors import InvalidRequest
 from ..types import WorkerId
 from ..view import Floats, Ints, Mask
 from .bootstrap import percentile_of
+from .load import NO_RUNS, WorkerLoad
 from .tables import html_table, name_of, table_lines
 
 if TYPE_CHECKING:
@@ -48,37 +49,6 @@ class Slo:
             raise InvalidRequest(f"attainment is {self.attainment}, want (0, 1]")
         if any(bound <= 0.0 for bound in (self.ttft_s, self.tpot_s, self.e2e_s)):
             raise InvalidRequest(f"{self!r} cannot be kept")
-
-
-@attrs.frozen(kw_only=True, eq=False, repr=False)
-class WorkerLoad:
-    """What one worker did.
-
-    Attributes:
-        id: Its id.
-        joined_at: When it joined, seconds.
-        left_at: When it left, or the run ended.
-        busy_s: Seconds in steps.
-        prompt_tokens: Computed, cached ones not counted.
-        output_tokens: Generated.
-        preemptions: Requests it threw out for want of blocks.
-        runs: Shape (n, 7): start, end, steps, decoding requests, prompt
-            tokens, blocks in use, requests waiting, of each run of steps.
-        kv_blocks: Blocks its cache holds.
-        modelled: Its engine was a model.  Of a real one only times between
-            tokens are known, a run each, which overlap.
-    """
-
-    id: WorkerId
-    joined_at: float
-    left_at: float
-    busy_s: float
-    prompt_tokens: int
-    output_tokens: int
-    preemptions: int
-    runs: Floats
-    kv_blocks: int
-    modelled: bool = True
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
@@ -137,7 +107,7 @@ class Report:
         ends = [engine.model.log[-1][1] for engine in engines if engine.model.log]
         end = max([o.ended for o in outcomes if o.ended == o.ended] + ends, default=0)
         loads = tuple(
-            _load(engine.model, engine.joined_at, min(engine.left_at, end))
+            WorkerLoad.of(engine.model, engine.joined_at, min(engine.left_at, end))
             for engine in engines
         )
         router = simulator.cluster.router
@@ -213,7 +183,7 @@ class Report:
         A request that was thrown out and computed again has one gap, of all
         that time, which counts in TPOT and not here.
         """
-        runs = np.concatenate([load.runs for load in self.workers] or [_NO_RUNS])
+        runs = np.concatenate([load.runs for load in self.workers] or [NO_RUNS])
         gaps = (runs[:, 1] - runs[:, 0]) / np.maximum(runs[:, 2], 1)
         weights = runs[:, 2] * runs[:, 3]
         order = np.argsort(gaps, kind="stable")
@@ -364,24 +334,6 @@ class Report:
         figures = self.summary()
         rows = [[name, f"{value:.4g}"] for name, value in figures.items()]
         return ["figure", "value"], rows
-
-
-_NO_RUNS: Floats = np.zeros((0, 7))
-
-
-def _load(model: Any, joined_at: float, left_at: float) -> WorkerLoad:
-    runs = np.array(model.log, dtype=np.float64) if model.log else _NO_RUNS
-    return WorkerLoad(
-        id=model.worker.id,
-        joined_at=joined_at,
-        left_at=max(left_at, joined_at),
-        busy_s=float((runs[:, 1] - runs[:, 0]).sum()),
-        prompt_tokens=int(runs[:, 4].sum()),
-        output_tokens=int((runs[:, 2] * runs[:, 3]).sum()) + model.begun,
-        preemptions=model.preemptions,
-        runs=runs,
-        kv_blocks=model.worker.kv_blocks,
-    )
 
 
 def _columns(outcomes: Iterable[Outcome]) -> dict[str, Any]:
