@@ -9,6 +9,7 @@ import pytest
 
 import llmd
 from llmd import errors
+from llmd.balancer import FlowControl, SlowStart
 from llmd.live import Promise, Server
 
 
@@ -176,6 +177,21 @@ async def test_a_waiting_request_meets_its_deadline(make_engine):
         with pytest.raises(errors.DeadlineExceeded, match="waited"):
             await collect(server, late)
         assert booked(server) == 0
+
+
+async def test_a_room_that_time_opens_is_seen_when_it_opens(make_engine):
+    silent = make_engine()
+    room = SlowStart(ramp=5.0, first=1)
+    cluster = llmd.Cluster(balancer=FlowControl(rooms=[room]))
+    async with Server(cluster, tick=60.0) as server, asyncio.timeout(10):
+        await server.add(silent)
+        silent.pace = 60.0
+        asking = [asyncio.create_task(collect(server, request(id))) for id in "abc"]
+        while len(silent.calls) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_waits_for_the_first_worker(make_engine):

@@ -18,6 +18,7 @@ from .. import events as e
 from ..cluster import Cluster
 from ..errors import LlmdError, PolicyError, UnknownWorker, WorkerLost
 from ..types import Request, RequestId, State, Worker, WorkerId
+from .alarm import Alarm
 from .attempt import attempt
 from .engine import Engine, Output, Report
 from .lease import Lease
@@ -42,7 +43,8 @@ class Server:
     Attributes:
         cluster: Decides; its policies may be replaced at any time.
         clock: Seconds, never backwards; the loop's own clock if not given.
-        tick: Seconds between looks at deadlines and the autoscaler.
+        tick: Seconds between looks at deadlines and the autoscaler; who may go at a
+            time that the balancer tells goes then.
         prefill_timeout: Seconds a prefill on another worker may take before
             the decode worker computes the prompt itself.
         scale: Called with what the autoscaler wants; `EnginePool` sets it.
@@ -62,9 +64,13 @@ class Server:
     _tickets: dict[RequestId, Ticket] = attrs.field(factory=dict, init=False)
     _errands: set[asyncio.Task[Any]] = attrs.field(factory=set, init=False)
     _ticker: asyncio.Task[None] | None = attrs.field(default=None, init=False)
+    _alarm: Alarm = attrs.field(init=False)
     _names: Any = attrs.field(factory=itertools.count, init=False)
     _unheard: set[str] = attrs.field(factory=set, init=False)
     _quiet: dict[str, float] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._alarm = Alarm(self._look)
 
     # Workers -------------------------------------------------------------
 
@@ -228,6 +234,7 @@ class Server:
         """Feed the cluster and carry out what it commands."""
         for command in self.cluster.handle(event):
             self._carry_out(command)
+        self._alarm.set(self.cluster.opens_at(), self.clock())
 
     def lost(self, worker: WorkerId, reason: str) -> None:
         """Take out a worker whose engine is dead."""
@@ -272,6 +279,7 @@ class Server:
         for result in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(result, Exception):
                 _log.error("an engine did not stop well", exc_info=result)
+        self._alarm.stop()
         tasks = [*self._errands, *([self._ticker] if self._ticker else [])]
         for task in tasks:
             task.cancel()
@@ -335,12 +343,16 @@ class Server:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.tick)
-            try:
-                self.handle(e.Tick(self.clock()))
-            except Exception as error:
-                # Whatever it is, deadlines must go on being kept.
-                self.counts["policy_errors"] += 1
-                self._complain(error)
+            self._look(self.clock())
+
+    def _look(self, at: float) -> None:
+        """Let the cluster see that it is *at* a time, or later."""
+        try:
+            self.handle(e.Tick(max(at, self.clock())))
+        except Exception as error:
+            # Whatever it is, deadlines must go on being kept.
+            self.counts["policy_errors"] += 1
+            self._complain(error)
 
     def _complain(self, error: Exception) -> None:
         """Log *error*, one of a kind a minute: a tick comes ten times a second."""
