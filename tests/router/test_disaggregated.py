@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import llmd
 from llmd import commands as c
 from llmd import events as e
+from llmd.machines import A100_PCIE, Machine
+from llmd.machines.shape import QWEN25_7B
 from llmd.router import Disaggregated, UniformLink
 from llmd.types import Role
 
@@ -89,6 +91,23 @@ def test_a_decode_worker_that_streams_is_spared_a_long_prompt():
     cluster = fleet(Disaggregated())
     stream(cluster, "d0", 4)
     assert ask(cluster, "long", 4000).prefill == "p0"
+
+
+@pytest.mark.parametrize("slow", ["p0", "d0"])
+def test_workers_are_reckoned_with_as_fast_as_their_machines_are(slow):
+    rates = {"slow": Machine.of(A100_PCIE, QWEN25_7B), "fast": Machine()}
+    router = Disaggregated(machines=rates)
+    cluster = llmd.Cluster(router=router)
+    for id, role in (("p0", Role.PREFILL), ("d0", Role.DECODE)):
+        machine = "slow" if id == slow else "fast"
+        worker = llmd.Worker(id=id, role=role, machine=machine, kv_blocks=10_000)
+        cluster.handle(e.WorkerJoined(0.0, worker))
+    decision = ask(cluster, "long", 4000)
+    # Nobody else is there: the prompt goes where it is computed sooner.
+    assert decision.prefill == (None if slow == "p0" else "p0")
+    [term, *_] = [t for t in decision.terms if t.name == "own prefill"]
+    name = "slow" if slow == "d0" else "fast"
+    assert term.value.tolist() == [pytest.approx(rates[name].prefill_s(4000.0))]
 
 
 def test_a_slow_link_keeps_the_prompt_where_it_is_decoded():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
@@ -85,7 +85,11 @@ class _Seconds:
         return f"{self.total:.3g} s ({' + '.join(parts)})"
 
 
-@attrs.define
+def _earliest(router: Disaggregated) -> Router:
+    return EarliestFirstToken(router.machine, machines=router.machines)
+
+
+@attrs.define(kw_only=True)
 class Disaggregated(Router):
     """Computes a prompt elsewhere than it is decoded, where that is faster.
 
@@ -106,10 +110,11 @@ class Disaggregated(Router):
     prefill to decode workers works; a worker with both roles serves as either.
 
     Attributes:
-        prefill: Chooses where prompts are computed.
-        decode: Chooses where answers are generated.
+        machine: Rates of workers that name no machine of *machines*.
+        machines: Rates by the name in `Worker.machine`, for a mixed fleet.
+        prefill: Chooses where prompts are computed, by these rates if not given.
+        decode: Chooses where answers are generated, likewise.
         link: What moving KV costs; it also pairs the two.
-        machine: Rates of the workers.
         min_uncached_tokens: If given, decides alone: prompts with as many
             tokens that the decode worker does not hold are computed elsewhere.
         delay_weight: Seconds of one request's delay that one of another's is.
@@ -118,10 +123,11 @@ class Disaggregated(Router):
     16
     """
 
-    prefill: Router = attrs.field(factory=EarliestFirstToken)
-    decode: Router = attrs.field(factory=EarliestFirstToken)
-    link: LinkSeconds = attrs.field(factory=UniformLink)
     machine: Machine = attrs.field(factory=Machine)
+    machines: Mapping[str, Machine] = attrs.field(factory=dict)
+    prefill: Router = attrs.field(default=attrs.Factory(_earliest, takes_self=True))
+    decode: Router = attrs.field(default=attrs.Factory(_earliest, takes_self=True))
+    link: LinkSeconds = attrs.field(factory=UniformLink)
     min_uncached_tokens: int | None = None
     delay_weight: float = 1.0
 
@@ -175,7 +181,7 @@ class Disaggregated(Router):
         self, request: Request, view: View, row: int, to: int | None = None
     ) -> _Seconds:
         """Price the prompt on the worker in *row*, decoded there or in row *to*."""
-        workers, machine = view.workers, self.machine
+        workers, machine = view.workers, self._machine(view, row)
         cached = float(view.cached_tokens(request)[row, -1])
         uncached = float(view.uncached_tokens(request)[row])
         compute = machine.prefill_s(uncached, cached)
@@ -198,7 +204,10 @@ class Disaggregated(Router):
         """Bytes of KV that the worker in *row* does not hold."""
         held = int(view.cached_tokens(request)[row, Tier.GPU])
         missing = max(request.prompt_tokens - held, 0)
-        return missing * float(self.machine.kv_bytes_per_token)
+        return missing * float(self._machine(view, row).kv_bytes_per_token)
+
+    def _machine(self, view: View, row: int) -> Machine:
+        return self.machines.get(view.workers.facts[row].machine, self.machine)
 
     def _stay(self, decoding: Decision, why: str) -> Decision:
         note = f"not disaggregated: {why}"
