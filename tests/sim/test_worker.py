@@ -40,10 +40,11 @@ def make(worker=None, machine=MACHINE, **settings):
     return ModelWorker(worker, machine, EngineSettings(**settings))
 
 
-def sequence(id, tokens, output=1, text=None, **kwargs):
+def sequence(id, tokens, output=1, text=None, prefill_only=False, **kwargs):
     prompt = SegmentPrompt([(text or sum(id.encode()), tokens)])
     request = Request(id=id, prompt=prompt, **kwargs)
-    return Sequence(request, None, output, request.hashes(16).tolist())
+    names = request.hashes(16).tolist()
+    return Sequence(request, None, output, names, prefill_only=prefill_only)
 
 
 def drain(model, arrivals, aborts=()):
@@ -181,6 +182,25 @@ def test_priorities_reorder_those_that_wait():
     )
     first = times(events, e.FirstToken)
     assert first["high"] < first["low"]
+
+
+@pytest.mark.parametrize("end", ["release", "abort"])
+def test_blocks_of_a_prompt_that_is_handed_over_let_in_who_waits(end):
+    model = make(Worker(id="w", kv_blocks=30, block_tokens=16))
+    handed = sequence("handed", 160, prefill_only=True)
+    arrivals = [handed, sequence("long", 32, output=200), sequence("waits", 320)]
+    wake = None
+    for one in arrivals:
+        wake = model.submit(one, 0.0) or wake
+    while wake < 0.2:
+        model.finish(wake)
+        wake = model.plan(wake)
+    cut = getattr(model, end)("handed", 0.2)
+    assert cut is not None, "the run under way ends with its step"
+    assert cut < 0.2 + 2 * MACHINE.decode_s(1, 300.0)
+    model.finish(cut)
+    model.plan(cut)
+    assert model._scheduler.queued == 0
 
 
 def test_a_prompt_larger_than_the_cache_fails_at_once():

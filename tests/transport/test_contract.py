@@ -49,6 +49,9 @@ class Local:
     def wait(self):
         self.now += 1e-3
 
+    def clock(self):
+        return self.now
+
 
 class Nixl:
     """Two agents of one process over shared memory, in real time."""
@@ -66,6 +69,9 @@ class Nixl:
 
     def wait(self):
         time.sleep(1e-3)
+
+    def clock(self):
+        return time.monotonic()
 
 
 class Mapped(Nixl):
@@ -193,6 +199,19 @@ def test_layers_go_as_they_are_ready_and_not_before(pair):
     pair.until(lambda: pair.free(id))
     assert pair.ended(id).error is None
     assert pair.same([8, 9], [1, 2])
+
+
+def test_who_asks_early_waits_as_long_as_it_said(pair):
+    """Nothing else is open: a source that was asked must say that it is alive."""
+    id = TransferId.fresh("r")
+    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1], early=True))
+    began = pair.world.clock()
+    pair.until(lambda: pair.world.clock() > began + 3 * QUICK.silence_s)
+    assert pair.ended(id) is None
+    pair.source.offer(Offer(id=id, blocks=[8]))
+    pair.until(lambda: pair.free(id))
+    assert pair.ended(id).error is None
+    assert pair.same([8], [1])
 
 
 @pytest.mark.parametrize("blocks", [[], [5]])
@@ -421,12 +440,18 @@ def test_what_cannot_be_is_refused_at_once(pair):
         pair.source.offer(Offer(id=id, blocks=[2]))
 
 
-def test_more_blocks_than_offered_are_refused(pair):
+@pytest.mark.parametrize("timeout_s", [0.2, 60.0])
+def test_more_blocks_than_offered_are_refused(pair, timeout_s):
     id = TransferId.fresh("r")
-    pair.source.offer(Offer(id=id, blocks=[1, 2]))
-    pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2, 3]))
+    pair.source.offer(Offer(id=id, blocks=[1, 2], timeout_s=1.0))
+    wrong = Fetch(id=id, peer=pair.peer, blocks=[1, 2, 3], timeout_s=timeout_s)
+    began = pair.world.clock()
+    pair.target.fetch(wrong)
     pair.until(lambda: pair.free(id))
     assert "3 blocks" in pair.ended(id).error
+    # The offer lapses when it would have, whatever the wrong fetch said.
+    pair.until(lambda: pair.free(id, Side.SOURCE))
+    assert 0.9 < pair.world.clock() - began < 30.0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """What UCX says of its choices, in the layouts it says it in."""
 
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -84,3 +87,34 @@ def test_each_process_has_a_log_of_its_own(tmp_path):
     (tmp_path / f"ucx-{OURS}.log").write_text(logged(HOST, 7) + logged(WIDE))
     assert log.write_path("VRAM").lanes == "cuda_ipc/cuda"
     assert log.write_path("DRAM") is None
+
+
+def test_logs_are_gone_with_the_processes_that_wrote_them(tmp_path):
+    """Those of a child too, which ends as engines do."""
+    pytest.importorskip("nixl")
+    script = """
+        import glob, multiprocessing, os, tempfile
+        from llmd.adapters.nixl import NixlTransport, Slab
+        from llmd.transport import Layout
+
+        def use():
+            layout = Layout(
+                model="m", dtype="u8", layers=1, block_tokens=1, block_bytes=8
+            )
+            NixlTransport(Slab.allocate(layout, 4), b"k" * 32).close()
+            mine = glob.glob(f"{tempfile.gettempdir()}/llmd-ucx-*-{os.getpid()}.log")
+            assert mine, "UCX has written one"
+
+        if __name__ == "__main__":
+            use()
+            child = multiprocessing.get_context("spawn").Process(target=use)
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+    """
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(script))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("UCX_LOG_FILE", None)
+    subprocess.run([sys.executable, file], check=True, env=environment, timeout=120)
+    assert not list(tmp_path.glob("llmd-ucx-*"))

@@ -104,12 +104,11 @@ async def test_a_lapsed_hand_off_is_computed_and_right(engines):
     assert decode.counters["external_prefix_cache_hits"] == before
 
 
-async def test_a_port_that_is_taken_is_told_at_once(model, capfd):
+async def test_a_port_that_is_taken_is_told_at_once(model):
     """vLLM's connector by itself waits for ever, and its engine with it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         one = engine(model, "kv_producer", VLLM_NIXL_SIDE_CHANNEL_PORT=port)
         async with contextlib.AsyncExitStack() as stack, asyncio.timeout(120):
-            with pytest.raises(EngineError, match="did not start"):
+            with pytest.raises(EngineError, match=f"PORT {port} of 127.0.0.1"):
                 await started(stack, one, "late")
-    assert f"PORT {port} of 127.0.0.1: [Errno 98]" in capfd.readouterr().err

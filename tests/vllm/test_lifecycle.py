@@ -15,6 +15,7 @@ from tests.vllm.conftest import (
     BLOCK_TOKENS,
     GREEDY,
     OPTIONS,
+    Running,
     prompt,
     request,
     running,
@@ -238,16 +239,22 @@ async def test_a_start_that_is_cut_short_leaves_nothing(models):
             await asyncio.sleep(0.1)
 
 
+async def a_core():
+    """Wait for the process of a core that is started; return it."""
+    while True:
+        await asyncio.sleep(0.01)
+        for core in multiprocessing.active_children():
+            if core.name == "EngineCore":
+                return core
+
+
 async def test_a_core_that_does_not_come_up_is_killed(models):
     """vLLM by itself waits for it for ever, and every later engine with it."""
 
     async def freeze():
-        while True:
-            await asyncio.sleep(0.01)
-            for core in multiprocessing.active_children():
-                if core.name == "EngineCore":
-                    os.kill(core.pid, signal.SIGSTOP)
-                    return core
+        core = await a_core()
+        os.kill(core.pid, signal.SIGSTOP)
+        return core
 
     freezing = asyncio.create_task(freeze())
     engine = VllmEngine(models[0], options=OPTIONS, start_timeout=20)
@@ -261,6 +268,35 @@ async def test_a_core_that_does_not_come_up_is_killed(models):
     assert core.exitcode == -signal.SIGKILL
     async with running(VllmEngine(models[0], options=OPTIONS), "next") as after:
         assert len(tokens_of(await after.answer(request("on", prompt(20))))) == 8
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_stop_ends_an_engine_that_starts(models, frozen):
+    engine = VllmEngine(models[0], options=OPTIONS)
+    start = asyncio.create_task(Running(engine).start("half"))
+    async with asyncio.timeout(60):
+        core = await a_core()
+        if frozen:
+            os.kill(core.pid, signal.SIGSTOP)
+        await engine.stop()
+        with pytest.raises(EngineError, match="stopped while it started"):
+            await start
+        while launch._starting.locked() or cores():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert engine._llm is None
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5])
+async def test_a_stop_that_is_cancelled_ends_the_engine_all_the_same(models, turns):
+    engine = VllmEngine(models[0], options=OPTIONS)
+    await Running(engine).start("cut")
+    stop = asyncio.create_task(engine.stop())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    stop.cancel()
+    await asyncio.wait([stop])
+    await engine.stop()
+    assert cores() == []
 
 
 def test_salts_give_names_of_their_own():

@@ -163,12 +163,10 @@ class ModelWorker:
         if not sequence.blocks:
             scheduler = self._scheduler
             scheduler.queued -= 1
-            # Whoever stood behind it may join.
-            may = self._run is not None and scheduler.queued and scheduler.joinable
-            return self._cut(now) if may else None
+            return None if self._run is None else self._let_in(now)
         if sequence.parked:
             self.kv.free(sequence)
-            return self._planned(now) if self._run is None else None
+            return self._planned(now) if self._run is None else self._let_in(now)
         self._aborted = True
         return None if self._run is None else self._cut(now)
 
@@ -199,7 +197,13 @@ class ModelWorker:
         if sequence is None:
             return None
         self.kv.free(sequence)
-        return self._planned(now) if self._run is None else None
+        return self._planned(now) if self._run is None else self._let_in(now)
+
+    def _let_in(self, now: float) -> float | None:
+        """End the run after the step under way if somebody waits who may join."""
+        scheduler = self._scheduler
+        may = scheduler.queued and scheduler.joinable
+        return self._cut(now) if may else None
 
     def _planned(self, now: float) -> float | None:
         """Begin a run on an idle engine; where none can begin, its metrics tell."""

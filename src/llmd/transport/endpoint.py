@@ -255,9 +255,8 @@ class Endpoint:
 
     def _busy(self) -> set[PeerId]:
         """The peers that something is open with."""
-        asked = {out.peer for out in self.sources.offers.values() if out.peer}
         fetched = {inc.fetch.peer for inc in self.targets.fetches.values()}
-        return (asked | fetched) & self.peers.keys()
+        return (self.sources.asked_by() | fetched) & self.peers.keys()
 
     def _greet(self, peer: PeerId) -> None:
         self.outbox.send(peer, Frame(Kind.HELLO, text=self.address))

@@ -81,11 +81,12 @@ class Sources:
             else:
                 self._refuse(peer, frame.id, "not offered, or lapsed")
         elif outgoing.peer is None:
-            # The target's deadline decides; this one is for a target that is gone.
-            outgoing.ends_at = now + left_s + self.settings.silence_s
             why_not = outgoing.ask(peer, frame, self.piece_blocks)
             if why_not is not None:
                 self._refuse(peer, frame.id, why_not)
+            else:
+                # The target's deadline decides; this one is for one that is gone.
+                outgoing.ends_at = now + left_s + self.settings.silence_s
             self._note(outgoing)
             self._settle(outgoing, now)
         elif outgoing.peer != peer:
@@ -157,6 +158,11 @@ class Sources:
     def loose_writes(self) -> int:
         """Writes that were let go of and may still land; any thread may ask."""
         return sum(len(loose.tokens) for loose in list(self.loose.values()))
+
+    def asked_by(self) -> set[PeerId]:
+        """Return the peers that wait for what is offered here, or is to be."""
+        early = {peer for peer, _, _ in self._early.values()}
+        return early | {out.peer for out in self.offers.values() if out.peer}
 
     def writing_to(self) -> set[PeerId]:
         """Return the peers that a write may still reach."""

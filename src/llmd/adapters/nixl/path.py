@@ -18,12 +18,14 @@ import os
 import re
 import tempfile
 import uuid
+from multiprocessing.util import Finalize
 from pathlib import Path as File
 
 import attrs
 
 _LINE = re.compile(r"\[[^\]]*:(\d+) *:\d+\]\s*\|(.*)\|\s*$")
 _ENDPOINT = re.compile(r"(self|intra-node|inter-node) cfg#\d+$")
+_OURS = "llmd-ucx-"
 _SLOW = re.compile(r"\btcp/")
 
 
@@ -88,19 +90,29 @@ class PathLog:
     def begin(cls) -> PathLog | None:
         """Let UCX log its choices; None if the user logs elsewhere already."""
         if "UCX_LOG_FILE" in os.environ:
-            chosen = File(os.environ["UCX_LOG_FILE"])
-            return cls(chosen) if os.environ.get("UCX_PROTO_INFO") == "y" else None
-        name = f"llmd-ucx-{uuid.uuid4().hex}-%p.log"
-        file = File(tempfile.gettempdir()) / name
-        os.environ["UCX_LOG_FILE"] = str(file)
-        os.environ.setdefault("UCX_PROTO_INFO", "y")
-        return cls(file)
+            file = File(os.environ["UCX_LOG_FILE"])
+            if os.environ.get("UCX_PROTO_INFO") != "y":
+                return None
+        else:
+            name = f"{_OURS}{uuid.uuid4().hex}-%p.log"
+            file = File(tempfile.gettempdir()) / name
+            os.environ["UCX_LOG_FILE"] = str(file)
+            os.environ.setdefault("UCX_PROTO_INFO", "y")
+        log = cls(file)
+        if file.name.startswith(_OURS):
+            # Of `multiprocessing`, since its children run no other at their end.
+            Finalize(None, log.own.unlink, (True,), exitpriority=0)
+        return log
+
+    @property
+    def own(self) -> File:
+        """The log of this process."""
+        return File(str(self.file).replace("%p", str(os.getpid())))
 
     def paths(self) -> list[Path]:
         """Return what was chosen so far, oldest first."""
         try:
-            own = File(str(self.file).replace("%p", str(os.getpid())))
-            return parse(own.read_text(errors="replace"), os.getpid())
+            return parse(self.own.read_text(errors="replace"), os.getpid())
         except OSError:
             return []
 

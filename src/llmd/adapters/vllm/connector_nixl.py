@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import (
     NixlPushConnector,
 )
 
-from ...errors import EngineError
+from .connector_config import PORT, side_port
 
 _log = logging.getLogger(__name__)
-_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _UNTIL = "llmd_until"
 
 
@@ -51,25 +49,6 @@ def lapsed(params: Mapping[str, Any] | None, now: float) -> bool:
     if not params or not params.get("do_remote_prefill"):
         return False
     return bool(now > params.get(_UNTIL, float("inf")))
-
-
-def side_port(host: str, port: int) -> int:
-    """Return *port*, or any if it is 0, that can be listened at.
-
-    vLLM's connector would wait for ever for a listener that found it taken.
-
-    Raises:
-        EngineError: It cannot; says why.
-
-    >>> side_port("127.0.0.1", 0) > 1023
-    True
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as found:
-            return int(found.getsockname()[1])
-    except OSError as error:
-        raise EngineError(f"{_PORT} {port} of {host}: {error}") from error
 
 
 class _Guard:
@@ -114,7 +93,7 @@ class _Guard:
     def _listen(self) -> None:
         """Choose the port where vLLM's connector is about to listen."""
         side = self.connector_scheduler  # type: ignore[attr-defined]
-        wanted = side.side_channel_port if _PORT in os.environ else 0
+        wanted = side.side_channel_port if PORT in os.environ else 0
         side.side_channel_port = side_port(side.side_channel_host, wanted)
 
     def _lease_s(self) -> float:

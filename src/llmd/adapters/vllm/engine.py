@@ -8,9 +8,9 @@ import functools
 import inspect
 import shutil
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .connector_config import layerwise, ours
 from .connector_counts import TransferCounts
 from .kv_events import KVEventDecoder
 from .kv_stream import KVEndpoint, KVEventStream
-from .launch import launch, processes, shut_down
+from .launch import Launch, in_thread, processes, shut_down
 from .reports import Gate, Throttle
 from .tokens import Tokenizer
 
@@ -83,6 +83,8 @@ class VllmEngine(Engine):
         self._watch: asyncio.Task[None] | None = None
         self._death: asyncio.Future[str] | None = None
         self._stopping = asyncio.Lock()
+        self._start: asyncio.Task[Worker] | None = None
+        self._end: Future[None] | None = None
         self._running: set[RequestId] = set()
         # What the last prompt was handed over with: it names this engine's address.
         self._handed: Mapping[str, Any] = {}
@@ -95,7 +97,25 @@ class VllmEngine(Engine):
     ) -> Worker:
         if self._death is not None:
             raise EngineError(f"engine of {self.model!r} was started before")
-        self._death = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._death = loop.create_future()
+        begun = self._begin(worker, report, progress)
+        self._start = loop.create_task(begun, name="llmd-vllm-start")
+        try:
+            return await self._start
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            why = f"engine of {self.model!r} was stopped while it started"
+            raise EngineError(why) from None
+
+    async def _begin(
+        self,
+        worker: WorkerId,
+        report: Callable[[Report], None],
+        progress: Callable[[State], None],
+    ) -> Worker:
         try:
             progress(State.LOADING)
             gate = Gate(report)
@@ -107,7 +127,7 @@ class VllmEngine(Engine):
             self.counters.clear()
             return self._described(worker)
         except BaseException as error:
-            await self.stop()
+            await self._close()
             if isinstance(error, TimeoutError):
                 raise EngineError(f"vLLM did not get {self.model!r} ready") from error
             raise
@@ -151,25 +171,38 @@ class VllmEngine(Engine):
             await self._llm.abort(request_id)
 
     async def stop(self) -> None:
+        start = self._start
+        if start is not None and not start.done():
+            start.cancel()
+            await asyncio.wait([start])
+        await self._close()
+
+    async def _close(self) -> None:
         async with self._stopping:
             llm, self._llm = self._llm, None
-            if self._watch is not None:
-                self._watch.cancel()
-            if self._signals is not None:
-                self._signals.close()
-            if self._stream is not None:
-                await self._stream.close()
-            if llm is not None:
-                await self._end_streams(llm)
-                if handler := getattr(llm, "output_handler", None):
-                    # Left alone, it logs the end of its engine as an error.
-                    handler.cancel()
-                await asyncio.to_thread(shut_down, llm, self._cores)
-                del llm
+            try:
+                if self._watch is not None:
+                    self._watch.cancel()
+                if self._signals is not None:
+                    self._signals.close()
+                if self._stream is not None:
+                    await self._stream.close()
+                if llm is not None:
+                    await self._end_streams(llm)
+            finally:
+                # Whoever waits here may be cancelled; that may cost no engine.
+                if llm is not None:
+                    if handler := getattr(llm, "output_handler", None):
+                        # Left alone, it logs the end of its engine as an error.
+                        handler.cancel()
+                    self._end = in_thread(shut_down, llm, self._cores)
+                    del llm
+                if self._scratch:
+                    shutil.rmtree(self._scratch, ignore_errors=True)
+            if self._end is not None:
+                await asyncio.wrap_future(self._end)
                 # What vLLM asked the loop to close, it closes now.
                 await asyncio.sleep(0)
-            if self._scratch:
-                shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def died(self) -> str:
         if self._death is None:
@@ -235,33 +268,23 @@ class VllmEngine(Engine):
             f"ipc://{self._scratch}/events", f"ipc://{self._scratch}/replay"
         )
         self._signals = Throttle(worker, report, self._signals_every)
-        # Handed over in a list: a future or a frame of the thread that keeps the
-        # engine would have it collected at exit, too late for its own clean-up.
-        made: list[Any] = []
-        given_up = threading.Event()
-        loading = loop.run_in_executor(
-            None,
-            launch,
-            made,
+        launch = Launch(
             self.model,
             self.names,
             self._all_options(),
             self._environment,
             endpoint,
             functools.partial(stats.listener, self._signals, self.counters),
-            given_up,
         )
         try:
             async with asyncio.timeout(self._start_timeout):
-                await asyncio.shield(loading)
+                await asyncio.wrap_future(launch.begin())
         except BaseException:
-            # The thread cannot be stopped, but what it waits for can; what it makes
-            # all the same is ended when it comes.
-            given_up.set()
-            loading.add_done_callback(functools.partial(_discard, made))
+            launch.give_up()
             raise
-        self._llm = llm = made.pop()
-        self._cores = processes(llm)
+        finally:
+            self._llm = llm = launch.take()
+            self._cores = [] if llm is None else processes(llm)
         self._watch = loop.create_task(self._watch_cores(llm), name="llmd-vllm-watch")
         self._stream = KVEventStream(KVEventDecoder(worker), report, endpoint)
         self._stream.start()
@@ -365,10 +388,3 @@ async def _probe(llm: Any, tokens: int) -> None:
     prompt = {"prompt_token_ids": [7] * tokens}
     async for _ in llm.generate(prompt, params, f"llmd-probe-{tokens}"):
         pass
-
-
-def _discard(made: list[Any], loading: asyncio.Future[None]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        llm = made.pop()
-        cores = processes(llm)
-        asyncio.get_running_loop().run_in_executor(None, shut_down, llm, cores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -84,13 +83,14 @@ class KVEventStream:
     async def close(self) -> None:
         """Stop reporting and free the sockets; idempotent."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = self._events = None
+        try:
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        finally:
+            if self._context is not None:
+                self._context.destroy(linger=0)
+                self._context = self._events = None
 
     async def _run(self, socket: zmq.asyncio.Socket) -> None:
         await self._replay(Gap(0, 0, 0))

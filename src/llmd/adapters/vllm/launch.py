@@ -20,11 +20,14 @@ import contextlib
 import multiprocessing
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from ...errors import EngineError
+from .connector_config import check_side_channel
 from .kv_stream import KVEndpoint
 
 _CPU_OPTIONS: Mapping[str, Any] = {
@@ -42,36 +45,103 @@ _CORE = "EngineCore"
 _LOOK_S = 0.1
 
 
-def launch(
-    made: list[Any],
-    model: str,
-    names: tuple[str, ...],
-    options: Mapping[str, Any],
-    environment: Mapping[str, str],
-    events: KVEndpoint,
-    listener: Callable[[], Callable[..., Any]],
-    given_up: threading.Event,
-) -> None:
-    """Start an `AsyncLLM`; blocks for seconds, so call it in a thread.
+class Launch:
+    """The start of one `AsyncLLM`, in a thread of its own, that may be given up.
 
     Args:
-        made: Takes the engine.
         model: Directory or hub name.
         names: It is served as; the first one is vLLM's.
         options: Of `AsyncEngineArgs`; they override what is chosen here.
         environment: Set while it starts, for its processes to inherit.
         events: Where it shall publish KV events.
         listener: Makes vLLM's stat logger factory, here, as it imports vLLM.
-        given_up: Once it is set, whatever process was started is killed.
-
-    Raises:
-        EngineError: It did not start.
     """
-    with _starting, _killed_when(given_up):
+
+    def __init__(
+        self,
+        model: str,
+        names: tuple[str, ...],
+        options: Mapping[str, Any],
+        environment: Mapping[str, str],
+        events: KVEndpoint,
+        listener: Callable[[], Callable[..., Any]],
+    ) -> None:
+        self._asked = (model, names, options, environment, events, listener)
+        self._given_up = threading.Event()
+        self._delivering = threading.Lock()
+        # Not the thread's result: a future or a frame of its that keeps the engine
+        # would have it collected at exit, too late for its own clean-up.
+        self._made: Any = None
+
+    def begin(self) -> Future[None]:
+        """Start it; the future ends in `EngineError` if that fails."""
+        return in_thread(self._run)
+
+    def give_up(self) -> None:
+        """Kill what was started; an engine that is made all the same is ended."""
+        with self._delivering:
+            self._given_up.set()
+
+    def take(self) -> Any:
+        """Return the engine, once; None if there is none."""
+        with self._delivering:
+            made, self._made = self._made, None
+        return made
+
+    def _run(self) -> None:
+        with _turn(self._given_up), _killed_when(self._given_up):
+            try:
+                made = _launch(*self._asked)
+            except EngineError:
+                raise
+            except Exception as error:
+                # Whoever keeps the error would keep half an engine in its frames.
+                traceback.clear_frames(error.__traceback__)
+                model = self._asked[0]
+                raise EngineError(f"vLLM did not start {model!r}: {error}") from error
+        with self._delivering:
+            if not self._given_up.is_set():
+                self._made = made
+                return
+        shut_down(made, processes(made))
+
+
+def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Do *work* in a thread of its own, which whoever waits for it cannot stop.
+
+    Not in the loop's executor: starts and ends of engines take long, and would
+    keep others of its few threads.
+    """
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
         try:
-            made.append(_launch(model, names, options, environment, events, listener))
-        except Exception as error:
-            raise EngineError(f"vLLM did not start {model!r}: {error}") from error
+            work(*arguments)
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="llmd-vllm").start()
+    return done
+
+
+@contextlib.contextmanager
+def _turn(given_up: threading.Event) -> Iterator[None]:
+    """Wait until no other engine starts."""
+    while not _starting.acquire(timeout=_LOOK_S):
+        _go_on(given_up)
+    try:
+        _go_on(given_up)
+        yield
+    finally:
+        _starting.release()
+
+
+def _go_on(given_up: threading.Event) -> None:
+    if given_up.is_set():
+        raise EngineError("the start was given up before it began")
 
 
 def _launch(
@@ -97,6 +167,7 @@ def _launch(
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     with _environment(variables):
+        check_side_channel(chosen.get("kv_transfer_config"), os.environ)
         config = AsyncEngineArgs(model=model, **chosen).create_engine_config()
         if config.parallel_config.data_parallel_size > 1:
             raise EngineError("start one engine for each data-parallel rank")
@@ -125,8 +196,6 @@ def _killed_when(given_up: threading.Event) -> Iterator[None]:
                     if child not in before and child.name.startswith(_CORE):
                         child.kill()
 
-    if given_up.is_set():
-        raise EngineError("it was given up before it began")
     watcher = threading.Thread(target=watch, name="llmd-vllm-launch", daemon=True)
     watcher.start()
     try:
