@@ -531,3 +531,33 @@ def test_a_signed_address_that_is_none_is_refused(body):
     signed = hmac.digest(key, body, "sha256") + body
     with pytest.raises(HandshakeRefused):
         Address.verify(signed, key, LAYOUT)
+
+
+def test_another_protocol_is_named():
+    key, body = b"k" * 32, b'{"protocol": 0}'
+    signed = hmac.digest(key, body, "sha256") + body
+    with pytest.raises(HandshakeRefused) as refused:
+        Address.verify(signed, key, LAYOUT)
+    assert refused.value.field == "protocol"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"layers": 1.5},
+        {"layers": "2"},
+        {"layers": None},
+        {"layers": 0},
+        {"layers": 1 << 17},
+        {"block_tokens": math.nan},
+        {"block_tokens": True},
+        {"block_bytes": 1 << 70},
+        {"model": None},
+        {"dtype": b"u8"},
+        {"order": 5},
+    ],
+    ids=str,
+)
+def test_layouts_that_cannot_be_are_refused(odd):
+    with pytest.raises(TransferError):
+        attrs.evolve(LAYOUT, **odd)

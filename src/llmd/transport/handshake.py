@@ -8,11 +8,13 @@ import json
 
 import attrs
 
-from ..errors import HandshakeRefused, shown
+from ..errors import HandshakeRefused, TransferError, shown
 from .frames import VERSION
 from .interface import Layout, PeerId
 
 _SIGNATURE_BYTES = 32
+
+_MALFORMED = (AttributeError, KeyError, TransferError, TypeError, ValueError)
 
 
 @attrs.frozen(kw_only=True)
@@ -76,7 +78,9 @@ class Address:
             fields["bases"] = tuple(fields["bases"])
             fields["metadata"] = bytes.fromhex(fields["metadata"])
             address = cls(**fields)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except HandshakeRefused:
+            raise
+        except _MALFORMED as error:
             raise HandshakeRefused("address", f"it is none: {error!r}") from error
         mismatch = ours.mismatch(address.layout)
         if mismatch is not None:

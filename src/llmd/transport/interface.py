@@ -50,6 +50,7 @@ class TransferId(NamedTuple):
 
 _MOST_LAYERS = _LONGEST_NAME = 0xFFFF
 """As frames have two bytes for either."""
+_MOST_BYTES = 1 << 48
 _MOST_BLOCKS, _MOST_GENERATIONS = 1 << 32, 1 << 64
 LONGEST_S = 1e6
 """That a transfer may take: what is held for it is let go of some day."""
@@ -91,6 +92,22 @@ def as_index(number: Any) -> int:
     return index
 
 
+def _size(value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = 0
+    if not 1 <= size <= _MOST_BYTES or isinstance(value, bool):
+        raise TransferError(f"a size of {shown(value)}, must be 1..{_MOST_BYTES}")
+    return size
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TransferError(f"{shown(value)} is no text")
+    return value
+
+
 @attrs.frozen(kw_only=True)
 class Layout:
     """What two transports must agree on before they exchange blocks.
@@ -104,23 +121,23 @@ class Layout:
         block_bytes: Bytes of one block in one layer.
         order: How heads and tokens lie in a block, in words of the engine.
 
+    Raises:
+        TransferError: A size is no whole number from 1 on, or a name is no text.
+
     >>> ours = Layout(model="m", dtype="bf16", layers=2, block_tokens=16,
     ...               block_bytes=1024)
     >>> ours.mismatch(attrs.evolve(ours, dtype="fp8"))
     ('dtype', "'bf16' here, 'fp8' there")
     """
 
-    model: str
-    dtype: str
-    layers: int
-    block_tokens: int
-    block_bytes: int
-    order: str = ""
+    model: str = attrs.field(converter=_word)
+    dtype: str = attrs.field(converter=_word)
+    layers: int = attrs.field(converter=_size)
+    block_tokens: int = attrs.field(converter=_size)
+    block_bytes: int = attrs.field(converter=_size)
+    order: str = attrs.field(default="", converter=_word)
 
     def __attrs_post_init__(self) -> None:
-        for name in ("layers", "block_tokens", "block_bytes"):
-            if getattr(self, name) < 1:
-                raise TransferError(f"{name} is {getattr(self, name)}, must be >= 1")
         if self.layers > _MOST_LAYERS:
             raise TransferError(f"layers is {self.layers}, must be <= {_MOST_LAYERS}")
 

@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import TransferError
+from ...errors import TransferError, shown
 from ...transport.interface import Layout
 from ...transport.outbox import Sums
 from .blocks import Xxh3, packed
@@ -107,8 +107,10 @@ class Slab:
         >>> Slab.allocate(layout, 4).owner.shape
         (2, 4, 8)
         """
-        if blocks < 1:
-            raise TransferError(f"a slab of {blocks} blocks")
+        if not isinstance(layout, Layout):
+            raise TransferError(f"{shown(layout)} is no layout")
+        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+            raise TransferError(f"a slab of {shown(blocks)} blocks")
         shape = layout.layers, blocks, layout.block_bytes
         memory = SharedMemory(math.prod(shape))
         return cls.of(memory.array.reshape(shape), layout, shared=memory)

@@ -99,7 +99,7 @@ class NixlTransport(KVTransport):
         Raises:
             TransferError: NIXL or UCX is not there, or refuses the memory.
         """
-        if len(key) < 16:
+        if not isinstance(key, bytes) or len(key) < 16:
             raise TransferError("the key is too short to guard anything")
         if checksums and slab.sums is None:
             raise TransferError("this slab has no checksums; say checksums=False")
