@@ -10,6 +10,7 @@ from llmd.adapters.vllm.connector_config import (
     nixl_config,
     transfer_config,
 )
+from llmd.adapters.vllm.engine import VllmEngine
 from llmd.errors import EngineError, TransferError
 
 
@@ -60,3 +61,19 @@ def test_ports_are_looked_at_only_where_they_are_used():
     for config in (None, transfer_config(), {"kv_connector": "NixlConnector"}):
         check_side_channel(config, {PORT: "70000"})
     check_side_channel(nixl_config(), {})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"start_timeout": -1},
+        {"start_timeout": math.nan},
+        {"start_timeout": "soon"},
+        {"signals_every": None},
+        {"environment": {"A": 5}},
+    ],
+    ids=str,
+)
+def test_what_no_engine_can_start_with_is_refused(odd):
+    with pytest.raises(EngineError, match=next(iter(odd))):
+        VllmEngine("model", **odd)

@@ -295,3 +295,20 @@ def test_a_transport_that_fails_ends_all_that_is_open_and_takes_no_more(ends):
     # The other end has heard of it, and has its blocks back.
     p.wait_for(lambda: {"a", "b"} <= set(source.freed()))
     target.transport.close()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"slab": None}, {"key": None}, {"key": b"short"}, {"settings": {}}, {"wake": 5}],
+    ids=str,
+)
+def test_what_no_transport_can_be_made_of_is_refused(odd):
+    made = {"slab": Slab.allocate(LAYOUT, 4), "key": b"k" * 32, **odd}
+    with pytest.raises(TransferError):
+        NixlTransport(made.pop("slab"), made.pop("key"), **made)
+
+
+@pytest.mark.parametrize("odd", [(None, 4), (LAYOUT, 1.5), (LAYOUT, 0), (LAYOUT, "4")])
+def test_slabs_that_cannot_be_are_refused(odd):
+    with pytest.raises(TransferError):
+        Slab.allocate(*odd)

@@ -14,11 +14,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
-from ...errors import TransferError
+from ...errors import TransferError, shown
 from ...transport.endpoint import Endpoint
 from ...transport.handshake import Address
 from ...transport.interface import (
@@ -97,10 +97,10 @@ class NixlTransport(KVTransport):
                 may neither wait nor offer, fetch or close.
 
         Raises:
-            TransferError: NIXL or UCX is not there, or refuses the memory.
+            TransferError: NIXL or UCX is not there, or refuses the memory; an
+                argument is not what it must be.
         """
-        if not isinstance(key, bytes) or len(key) < 16:
-            raise TransferError("the key is too short to guard anything")
+        _check(slab, key, settings, wake)
         if checksums and slab.sums is None:
             raise TransferError("this slab has no checksums; say checksums=False")
         self._slab, self._wake = slab, wake
@@ -289,6 +289,17 @@ class NixlTransport(KVTransport):
             self._carrier.step(time.monotonic())
             time.sleep(_SHORTEST_NAP_S)
         self._carrier.close()
+
+
+def _check(slab: Any, key: Any, settings: Any, wake: Any) -> None:
+    if not isinstance(slab, Slab):
+        raise TransferError(f"{shown(slab)} is no slab")
+    if settings is not None and not isinstance(settings, Settings):
+        raise TransferError(f"{shown(settings)} are no settings")
+    if wake is not None and not callable(wake):
+        raise TransferError(f"wake is {shown(wake)}, must be callable")
+    if not isinstance(key, bytes) or len(key) < 16:
+        raise TransferError("the key is too short to guard anything")
 
 
 @attrs.define

@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from ...errors import EngineError, WorkerLost
+from ...amounts import as_real
+from ...errors import EngineError, WorkerLost, shown
 from ...live.engine import Call, Engine, Output, Promise, Report
 from ...types import Request, RequestId, Role, State, Worker, WorkerId
 from . import calls, sampling, stats
@@ -46,6 +47,9 @@ class VllmEngine(Engine):
         start_timeout: Seconds to load the model.
         signals_every: Seconds between two reports of signals, at least.
 
+    Raises:
+        EngineError: A time is no number from 0 on, or a variable is no text.
+
     Attributes:
         counters: What the engine itself has counted since it was ready, under
             the names of vLLM's metrics without `vllm:` and `_total`.
@@ -73,6 +77,13 @@ class VllmEngine(Engine):
         self._options = dict(options or {})
         self._loras = dict(loras or {})
         self._environment = dict(environment or {})
+        for variable, value in self._environment.items():
+            if not isinstance(variable, str) or not isinstance(value, str):
+                raise EngineError(f"environment has {shown(variable)}={shown(value)}")
+        times = {"start_timeout": start_timeout, "signals_every": signals_every}
+        for name, time in times.items():
+            if not as_real(time) >= 0:
+                raise EngineError(f"{name} is {shown(time)}, must be a number >= 0")
         self._start_timeout = start_timeout
         self._signals_every = signals_every
         self._llm: Any = None
