@@ -1,10 +1,12 @@
 """Two models side by side; then one engine is killed, and both are stopped."""
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import attrs
@@ -284,6 +286,16 @@ async def test_stop_ends_an_engine_that_starts(models, frozen):
         while launch._starting.locked() or cores():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert engine._llm is None
+
+
+async def test_nothing_keeps_an_engine_that_was_stopped(models):
+    """Collected at exit, vLLM's own clean-up would fail, and say so."""
+    engine = VllmEngine(models[0], options=OPTIONS)
+    await Running(engine).start("brief")
+    llm = weakref.ref(engine._llm)
+    await engine.stop()
+    gc.collect()
+    assert llm() is None
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 5])

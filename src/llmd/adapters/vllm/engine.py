@@ -194,6 +194,7 @@ class VllmEngine(Engine):
             try:
                 if self._watch is not None:
                     self._watch.cancel()
+                    self._watch = None
                 if self._signals is not None:
                     self._signals.close()
                 if self._stream is not None:

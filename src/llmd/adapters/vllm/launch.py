@@ -68,8 +68,8 @@ class Launch:
     ) -> None:
         self._asked = (model, names, options, environment, events, listener)
         self._given_up = threading.Event()
-        self._delivering = threading.Lock()
-        # Not the thread's result: a future or a frame of its that keeps the engine
+        self._taking = threading.Lock()
+        # Not the thread's result, nor in any frame of its: vLLM keeps those, and
         # would have it collected at exit, too late for its own clean-up.
         self._made: Any = None
 
@@ -79,19 +79,18 @@ class Launch:
 
     def give_up(self) -> None:
         """Kill what was started; an engine that is made all the same is ended."""
-        with self._delivering:
-            self._given_up.set()
+        self._given_up.set()
 
     def take(self) -> Any:
         """Return the engine, once; None if there is none."""
-        with self._delivering:
+        with self._taking:
             made, self._made = self._made, None
         return made
 
     def _run(self) -> None:
         with _turn(self._given_up), _killed_when(self._given_up):
             try:
-                made = _launch(*self._asked)
+                self._made = _launch(*self._asked)
             except EngineError:
                 raise
             except Exception as error:
@@ -99,11 +98,9 @@ class Launch:
                 traceback.clear_frames(error.__traceback__)
                 model = self._asked[0]
                 raise EngineError(f"vLLM did not start {model!r}: {error}") from error
-        with self._delivering:
-            if not self._given_up.is_set():
-                self._made = made
-                return
-        shut_down(made, processes(made))
+        # Whoever gave up takes it, or has come too early for that.
+        if self._given_up.is_set() and (late := self.take()) is not None:
+            shut_down(late, processes(late))
 
 
 def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
