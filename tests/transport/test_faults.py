@@ -140,7 +140,7 @@ def test_who_puts_nonsense_into_a_ring_is_heard_by_nixl_only(here, peers):
     ring = reached.mail.memory
     ring[64 + 4] ^= 1  # four billion bytes, it says
     p.wait_for(lambda: ring[128] == 0)
-    assert peer.do("counts")["forged"] == 1
+    p.wait_for(lambda: peer.do("counts").get("forged") == 1)
     id = fetch(here, peer, [8, 9])
     p.wait_for(lambda: here.freed(id))
     assert here.ended(id).error is None
@@ -262,9 +262,8 @@ def test_a_peer_that_goes_while_nothing_is_open_is_let_go(here, peers, fault):
     else:
         peer.do("close")
     p.wait_for(lambda: not here.transport.counts["peers"])
-    carrier = here.transport._carrier
-    assert not carrier._known
-    assert not carrier._reached
+    carrier = here.transport._carrier  # of another thread, which does that last
+    p.wait_for(lambda: not carrier._known and not carrier._reached)
 
 
 def here_peer(here):
