@@ -14,7 +14,8 @@ KEY = b"shared by those who may exchange"
 LAYOUT = Layout(
     model="m", dtype="f32", layers=4, block_tokens=16, block_bytes=1 << 16, order="nhd"
 )
-QUICK = Settings(heartbeat_s=0.05, silence_s=0.6, idle_s=0.2)
+# Nobody is silent for longer who only waits for a core.
+QUICK = Settings(heartbeat_s=0.05, silence_s=1.5, idle_s=0.2)
 BLOCKS = 64
 
 

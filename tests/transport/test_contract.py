@@ -27,7 +27,8 @@ from llmd.transport import (
 LAYOUT = Layout(
     model="m", dtype="f32", layers=3, block_tokens=16, block_bytes=4096, order="nhd"
 )
-QUICK = Settings(piece_bytes=4 * 4096, heartbeat_s=0.05, silence_s=0.5)
+# Nobody is silent for longer who only waits for a core.
+QUICK = Settings(piece_bytes=4 * 4096, heartbeat_s=0.05, silence_s=1.5)
 
 
 class Local:
@@ -37,11 +38,11 @@ class Local:
         self.now = 0.0
         self.link = LocalLink(lambda: self.now, bytes_per_s=1e8, latency_s=1e-4)
 
-    def make(self, slab, layout=LAYOUT, key=None, settings=QUICK):
+    def make(self, slab, layout=LAYOUT, key=None):
         link = self.link
         if key is not None:
             link = attrs.evolve(self.link, key=key)
-        return LocalTransport(link, layout, slab, settings=settings)
+        return LocalTransport(link, layout, slab, settings=QUICK)
 
     def zeros(self, blocks):
         return np.zeros((LAYOUT.layers, blocks, LAYOUT.block_bytes), np.uint8)
@@ -58,11 +59,11 @@ class Nixl:
 
     zeros = Local.zeros
 
-    def make(self, slab, layout=LAYOUT, key=b"k" * 32, settings=QUICK):
+    def make(self, slab, layout=LAYOUT, key=b"k" * 32):
         from llmd.adapters.nixl import NixlTransport, Slab
 
         made = Slab.of(slab, layout, shared=self.memory(slab))
-        return NixlTransport(made, key or b"k" * 32, settings=settings)
+        return NixlTransport(made, key or b"k" * 32, settings=QUICK)
 
     def memory(self, slab):
         return None
@@ -125,6 +126,11 @@ class Pair:
                 return
             self.world.wait()
         pytest.fail(f"never happened; reports so far: {self.reports}")
+
+    def until_asked(self):
+        """Wait until the source knows who wants what it offers."""
+        offers = self.source._endpoint.sources.offers
+        self.until(lambda: any(out.peer for out in list(offers.values())))
 
     def ended(self, id, side=Side.TARGET):
         for report in self.reports[side]:
@@ -378,9 +384,7 @@ def test_an_offer_is_fetched_once(pair):
         pair.source.offer(Offer(id=id, blocks=[1], ready=False))
         pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1]))
         # Its HELLO and ASK must be there before the other's.
-        for _ in range(50):
-            pair.poll()
-            pair.world.wait()
+        pair.until_asked()
         peer = third.connect(pair.source.address())
         third.fetch(Fetch(id=id, peer=peer, blocks=[1]))
         got = []
@@ -409,9 +413,7 @@ def test_either_end_can_cancel(pair, side):
     id = TransferId.fresh("r")
     pair.source.offer(Offer(id=id, blocks=[1, 2], ready=False))
     pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1, 2]))
-    for _ in range(20):
-        pair.poll()
-        pair.world.wait()
+    pair.until_asked()
     end = pair.source if side is Side.SOURCE else pair.target
     end.cancel(id, "the client went away")
     pair.until(lambda: pair.free(id) and pair.free(id, Side.SOURCE))
@@ -484,9 +486,7 @@ def test_closing_the_source_ends_what_the_target_waits_for(pair):
     id = TransferId.fresh("r")
     pair.source.offer(Offer(id=id, blocks=[1], ready=False))
     pair.target.fetch(Fetch(id=id, peer=pair.peer, blocks=[1]))
-    for _ in range(20):
-        pair.poll()
-        pair.world.wait()
+    pair.until_asked()
     pair.source.close()
     pair.until(lambda: pair.free(id))
     assert pair.ended(id).error is not None
