@@ -32,6 +32,8 @@ from llmd.transport import (
 HAND_OFFS = 500
 AT_ONCE = 6
 KILLS, STOPS = 3, 3
+REFUSED_S = 0.05
+"""Between two tries while a circuit is open, or most are spent on a slow machine."""
 
 
 class Chaos:
@@ -76,6 +78,7 @@ class Chaos:
             )
         except TransferError as error:
             self.outcomes[type(error).__name__] += 1
+            time.sleep(REFUSED_S)
             return
         self.free -= set(target)
         self.open[id] = (source, target, self.peer.slab)
