@@ -157,3 +157,7 @@ def test_a_peer_that_hangs_long_is_asked_to_let_go_now_and_then(target):
     aborts = [second for second, e in sent if e.frame.kind is Kind.ABORT]
     assert 30 < len(aborts) < 60
     assert max(aborts) > 530
+
+
+def test_no_traceback_shows_the_key(target):
+    assert repr(KEY) not in repr(target)

@@ -71,7 +71,7 @@ class Endpoint:
     """
 
     id: PeerId
-    key: bytes
+    key: bytes = attrs.field(repr=False)
     layout: Layout
     blocks: int
     sums: Sums | None = None

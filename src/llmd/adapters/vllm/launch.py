@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import attrs
+
 from ...errors import EngineError
 from .connector_config import check_side_channel
 from .kv_stream import KVEndpoint
@@ -45,10 +47,11 @@ _CORE = "EngineCore"
 _LOOK_S = 0.1
 
 
+@attrs.define(eq=False, repr=False)  # the environment has secrets
 class Launch:
     """The start of one `AsyncLLM`, in a thread of its own, that may be given up.
 
-    Args:
+    Attributes:
         model: Directory or hub name.
         names: It is served as; the first one is vLLM's.
         options: Of `AsyncEngineArgs`; they override what is chosen here.
@@ -57,21 +60,17 @@ class Launch:
         listener: Makes vLLM's stat logger factory, here, as it imports vLLM.
     """
 
-    def __init__(
-        self,
-        model: str,
-        names: tuple[str, ...],
-        options: Mapping[str, Any],
-        environment: Mapping[str, str],
-        events: KVEndpoint,
-        listener: Callable[[], Callable[..., Any]],
-    ) -> None:
-        self._asked = (model, names, options, environment, events, listener)
-        self._given_up = threading.Event()
-        self._taking = threading.Lock()
-        # Not the thread's result, nor in any frame of its: vLLM keeps those, and
-        # would have it collected at exit, too late for its own clean-up.
-        self._made: Any = None
+    model: str
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+    environment: Mapping[str, str]
+    events: KVEndpoint
+    listener: Callable[[], Callable[..., Any]]
+    _given_up: threading.Event = attrs.field(factory=threading.Event, init=False)
+    _taking: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    # Not the thread's result, nor in any frame of its: vLLM keeps those, and
+    # would have it collected at exit, too late for its own clean-up.
+    _made: Any = attrs.field(default=None, init=False)
 
     def begin(self) -> Future[None]:
         """Start it; the future ends in `EngineError` if that fails."""
@@ -90,17 +89,71 @@ class Launch:
     def _run(self) -> None:
         with _turn(self._given_up), _killed_when(self._given_up):
             try:
-                self._made = _launch(*self._asked)
+                self._made = self._launch()
             except EngineError:
                 raise
             except Exception as error:
                 # Whoever keeps the error would keep half an engine in its frames.
                 traceback.clear_frames(error.__traceback__)
-                model = self._asked[0]
-                raise EngineError(f"vLLM did not start {model!r}: {error}") from error
+                what = f"vLLM did not start {self.model!r}: {error}"
+                raise EngineError(what) from error
         # Whoever gave up takes it, or has come too early for that.
         if self._given_up.is_set() and (late := self.take()) is not None:
             shut_down(late, processes(late))
+
+    def _launch(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        cpu = current_platform.is_cpu()
+        chosen = self._chosen(cpu)
+        variables = {
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            **self.environment,
+        }
+        uni = cpu and chosen["distributed_executor_backend"] == "uni"
+        if uni:
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            variables.setdefault(
+                "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1")
+            )
+        with _environment(variables):
+            check_side_channel(chosen.get("kv_transfer_config"), os.environ)
+            config = AsyncEngineArgs(model=self.model, **chosen).create_engine_config()
+            if config.parallel_config.data_parallel_size > 1:
+                raise EngineError("start one engine for each data-parallel rank")
+            # The CPU platform sets "spawn" while it makes the configuration.
+            fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}
+            threads = int(variables.get("OMP_NUM_THREADS", 0))
+            with _environment(fork), _torch_threads(threads), _quiet():
+                return AsyncLLM.from_vllm_config(
+                    config, stat_loggers=[self.listener()], disable_log_stats=True
+                )
+
+    def _chosen(self, cpu: bool) -> dict[str, Any]:
+        """Return the engine's arguments: what llmd needs, and what the user said."""
+        from vllm.config import KVEventsConfig
+
+        chosen: dict[str, Any] = {
+            "served_model_name": list(self.names),
+            "scheduling_policy": "priority",
+            "use_tqdm_on_load": False,
+            "kv_events_config": KVEventsConfig(
+                enable_kv_cache_events=True,
+                publisher="zmq",
+                endpoint=self.events.events,
+                replay_endpoint=self.events.replay,
+                topic=self.events.topic,
+            ),
+            **(_CPU_OPTIONS if cpu else {}),
+            **self.options,
+        }
+        if cpu and "max_loras" in chosen:
+            # vLLM's CPU kernels take slot -1, the last, for requests without an
+            # adapter: it must stay empty, or they are answered by that adapter.
+            chosen["max_loras"] += 1
+        return chosen
 
 
 def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -141,42 +194,6 @@ def _go_on(given_up: threading.Event) -> None:
         raise EngineError("the start was given up before it began")
 
 
-def _launch(
-    model: str,
-    names: tuple[str, ...],
-    options: Mapping[str, Any],
-    environment: Mapping[str, str],
-    events: KVEndpoint,
-    listener: Callable[[], Callable[..., Any]],
-) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    cpu = current_platform.is_cpu()
-    chosen = _chosen(names, options, events, cpu)
-    variables = {
-        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
-        **environment,
-    }
-    uni = cpu and chosen["distributed_executor_backend"] == "uni"
-    if uni:
-        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    with _environment(variables):
-        check_side_channel(chosen.get("kv_transfer_config"), os.environ)
-        config = AsyncEngineArgs(model=model, **chosen).create_engine_config()
-        if config.parallel_config.data_parallel_size > 1:
-            raise EngineError("start one engine for each data-parallel rank")
-        # The CPU platform sets "spawn" while it makes the configuration.
-        fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if uni else {}
-        threads = int(variables.get("OMP_NUM_THREADS", 0))
-        with _environment(fork), _torch_threads(threads), _quiet():
-            return AsyncLLM.from_vllm_config(
-                config, stat_loggers=[listener()], disable_log_stats=True
-            )
-
-
 @contextlib.contextmanager
 def _killed_when(given_up: threading.Event) -> Iterator[None]:
     """Kill the cores that are started meanwhile, once *given_up* is set.
@@ -200,33 +217,6 @@ def _killed_when(given_up: threading.Event) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def _chosen(
-    names: tuple[str, ...], options: Mapping[str, Any], events: KVEndpoint, cpu: bool
-) -> dict[str, Any]:
-    """Return the engine's arguments: what llmd needs, and what the user said."""
-    from vllm.config import KVEventsConfig
-
-    chosen: dict[str, Any] = {
-        "served_model_name": list(names),
-        "scheduling_policy": "priority",
-        "use_tqdm_on_load": False,
-        "kv_events_config": KVEventsConfig(
-            enable_kv_cache_events=True,
-            publisher="zmq",
-            endpoint=events.events,
-            replay_endpoint=events.replay,
-            topic=events.topic,
-        ),
-        **(_CPU_OPTIONS if cpu else {}),
-        **options,
-    }
-    if cpu and "max_loras" in chosen:
-        # vLLM's CPU kernels take slot -1, the last, for requests without an
-        # adapter: it must stay empty, or they are answered by that adapter.
-        chosen["max_loras"] += 1
-    return chosen
 
 
 @contextlib.contextmanager
