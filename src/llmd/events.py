@@ -54,10 +54,15 @@ class RequestCancelled(Event):
 
 @attrs.frozen
 class PrefillEnded(Event):
-    """*worker* computed the prompt for another worker that will decode it."""
+    """*worker* computed the prompt for another worker that will decode it.
+
+    Attributes:
+        cached_tokens: Prompt tokens it did not compute, by its own count.
+    """
 
     worker: WorkerId
     request_id: RequestId
+    cached_tokens: int | None = None
 
 
 @attrs.frozen

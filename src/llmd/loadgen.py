@@ -20,6 +20,7 @@ import attrs
 import numpy as np
 
 from . import commands as c
+from . import events as e
 from .cluster import Cluster
 from .errors import InvalidRequest, LlmdError
 from .sim.ledger import Ledger
@@ -156,14 +157,15 @@ class LoadGenerator:
             prompt=self._prompt(job),
             max_new_tokens=job.output_tokens,
             arrived_at=self.clock(),
+            deadline=job.request.deadline + self._start,
         )
         given = self._given[job.id] = []
-        last = sent
+        last, cached = sent, None
         sampling = {"ignore_eos": True, "temperature": 0.0}
         async for piece in self.server.generate(request, sampling):
             now = self._now()
             if piece.cached_tokens is not None:
-                outcome.cached_tokens = piece.cached_tokens
+                cached = piece.cached_tokens
             tokens = len(piece.token_ids)
             if not tokens:
                 continue
@@ -176,6 +178,7 @@ class LoadGenerator:
             outcome.generated += tokens
             given += piece.token_ids
             last = now
+        outcome.found(cached)
 
     def _prompt(self, job: Job) -> Any:
         """Return the tokens of a prompt, with the answer really given in it."""
@@ -203,11 +206,16 @@ class LoadGenerator:
         def observe(entry: Any) -> None:
             if other is not None:
                 other(entry)
-            if isinstance(entry, c.Dispatch):
+            if isinstance(entry, e.PrefillEnded):
+                outcome = self._ledger.outcomes.get(entry.request_id)
+                if outcome is not None:
+                    outcome.prefill_cached = entry.cached_tokens
+            elif isinstance(entry, c.Dispatch):
                 outcome = self._ledger.outcomes.get(entry.request.id)
                 if outcome is not None:
                     outcome.dispatched = self._now()
                     outcome.worker = entry.decision.decode
+                    outcome.prefill_cached = None
                     outcome.attempts += 1
 
         return observe

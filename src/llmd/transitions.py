@@ -68,7 +68,7 @@ def prefill_ended(core: Core, event: e.PrefillEnded) -> list[c.Command]:
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None or event.worker != booking.decision.first:
         return []
-    core.index.settle(event.worker, booking.request, None, event.at)
+    core.index.settle(event.worker, booking.request, event.cached_tokens, event.at)
     core.books.prefill_done(booking)
     return core.dispatch()
 
@@ -78,8 +78,10 @@ def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
     booking = core.books.held_by(event.request_id, event.worker)
     if booking is None or event.worker != booking.decision.decode:
         return []
+    # Of KV that was handed over the engine says that it was cached.
+    alone = booking.decision.first == event.worker
     for worker in booking.workers:
-        cached = event.cached_tokens if worker == booking.decision.first else None
+        cached = event.cached_tokens if alone else None
         core.index.settle(worker, booking.request, cached, event.at)
     booking.first_token_at = event.at
     core.books.first_token(booking)

@@ -66,9 +66,9 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InvalidRequest(f"{name} is {value}, must be at least 1")
+def _positive(name: str, value: int) -> None:
+    if not _is_whole(value) or value < 1:
+        raise InvalidRequest(f"{name} is {value!r}, must be a whole number, 1 or more")
 
 
 @attrs.frozen(kw_only=True, eq=False)

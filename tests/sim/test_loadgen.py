@@ -9,6 +9,7 @@ import pytest
 import llmd
 from llmd.live import Call, Engine, Output, Server
 from llmd.loadgen import LoadGenerator, ScheduleLag
+from llmd.router import Disaggregated
 from llmd.sim import plots, workloads
 from llmd.sim.benchmark_report import benchmark_report
 from llmd.sim.prompts import SegmentPrompt, tokens_of
@@ -75,6 +76,52 @@ async def test_all_is_answered_and_measured_from_when_it_was_due():
         if jobs[id].follows:
             before = report.ended[rows[jobs[id].follows]]
             assert report.arrived[row] == pytest.approx(before + jobs[id].think_s)
+
+
+async def test_deadlines_are_told_by_the_clock_of_the_server():
+    jobs = [
+        attrs.evolve(job, request=attrs.evolve(job.request, deadline=job.at + 5.0))
+        for job in workloads.batch(rate=40, requests=8, answer_tokens=4).jobs
+    ]
+    load = attrs.evolve(LOAD, jobs=jobs)
+    report, *_ = await drive(load)
+    assert report.completed == 8
+    late = [
+        attrs.evolve(job, request=attrs.evolve(job.request, deadline=job.at + 0.1))
+        for job in jobs
+    ]
+    report, *_ = await drive(attrs.evolve(load, jobs=late))
+    assert all("DeadlineExceeded" in status for status in report.status)
+
+
+class Handing(PacedEngine):
+    """Hands prompts over, of which it found 7 tokens, or takes all of them."""
+
+    async def start(self, worker, report, progress):
+        role = llmd.Role.PREFILL if worker == "a" else llmd.Role.DECODE
+        return llmd.Worker(id=worker, role=role)
+
+    async def generate(self, call):
+        found = 7 if call.prefill_only else call.request.prompt_tokens - 1
+        yield Output(
+            token_ids=(9,) * call.request.max_new_tokens,
+            finish_reason="length",
+            cached_tokens=found,
+            kv_transfer={"some": "where"},
+        )
+
+
+async def test_kv_that_was_handed_over_is_no_hit():
+    load = workloads.batch(rate=100, requests=6, answer_tokens=4)
+    router = Disaggregated(
+        prefill=llmd.LeastLoaded(), decode=llmd.LeastLoaded(), min_uncached_tokens=1
+    )
+    async with Server(llmd.Cluster(router=router)) as server:
+        for worker in "ab":
+            await server.add(Handing(), worker)
+        report = await LoadGenerator(server, most_lag=np.inf).run(load)
+    assert report.completed == 6
+    assert list(report.cached_tokens) == [7] * 6
 
 
 async def test_a_next_turn_carries_the_answer_that_was_given():

@@ -8,8 +8,10 @@ import attrs
 import numpy as np
 import pytest
 
-from llmd.errors import InvalidRequest
-from llmd.sim import traces, workloads
+from llmd import Request
+from llmd.blocks import Prompt
+from llmd.errors import BlockSizeMismatch, InvalidRequest
+from llmd.sim import Job, Workload, traces, workloads
 from llmd.sim.arrivals import gamma
 from llmd.sim.prompts import SegmentPrompt
 
@@ -374,3 +376,68 @@ def test_a_profile_of_turns_alone_spreads_its_input_over_them(tmp_path):
     said = np.mean([job.output_tokens for job in answers])
     tokens = np.mean([job.request.prompt_tokens for job in last])
     assert tokens == pytest.approx(100.0 + 3 * said, rel=0.05)
+
+
+LINE = '{"timestamp": 0, "input_length": 2048, "output_length": 5, "hash_ids": [%s]}\n'
+
+
+def test_blank_lines_are_no_requests(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n" + LINE % "7, 8, 9, 10" + "\n\n")
+    assert len(traces.mooncake(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (LINE % "7, 7, 8, 9", "named twice"),
+        (LINE.replace("2048", "-3") % "7, 8, 9, 10", "no number of tokens"),
+        (LINE.replace("2048", "1e30") % "7, 8, 9, 10", "no number of tokens"),
+        ("[" * 100_000, "line 1"),
+        (LINE[:30], "no JSON at character"),
+    ],
+)
+def test_a_line_that_makes_no_request_is_refused(tmp_path, text, why):
+    path = tmp_path / "some.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=why):
+        traces.mooncake(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "none of it"])
+def test_a_damaged_gz_is_refused(tmp_path, damage):
+    path = tmp_path / "some.jsonl.gz"
+    traces.write_mooncake(workloads.batch(requests=200), path)
+    assert len(traces.mooncake(path)) == 200
+    whole = bytearray(path.read_bytes())
+    if damage == "cut":
+        whole = whole[: len(whole) // 2]
+    elif damage == "changed":
+        whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    else:
+        whole = b"plain text"
+    path.write_bytes(whole)
+    with pytest.raises(InvalidRequest):
+        traces.mooncake(path)
+
+
+def test_what_cannot_be_written_leaves_no_file(tmp_path):
+    job = Job(
+        request=Request(id="a", prompt=Prompt.named([1], block_tokens=64, tokens=64)),
+        output_tokens=1,
+    )
+    path = tmp_path / "some.jsonl"
+    with pytest.raises(BlockSizeMismatch):
+        traces.write_mooncake(Workload(name="odd", jobs=[job]), path)
+    assert not path.exists()
+
+
+def test_an_azure_row_may_be_of_another_zone(tmp_path):
+    path = tmp_path / "some.csv"
+    rows = "2023-11-16 18:15:46.6805900", "2023-11-16 20:15:47+02:00"
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    path.write_text(text + "".join(f"{row},5,5\n" for row in rows))
+    assert [job.at for job in traces.azure(path)] == pytest.approx([0.0, 0.31941])
+    path.write_text(text + "x" * 200_000 + ",5,5\n")
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        traces.azure(path)

@@ -152,14 +152,16 @@ async def _prefill(
     Returns:
         None if it failed: the decode worker computes the prompt itself.
     """
-    transfer = None
+    transfer = cached = None
     try:
         async with asyncio.timeout(server.prefill_timeout):
             async for output in _outputs(server.engine(worker), ticket, call):
                 transfer = output.kv_transfer or transfer
+                if output.cached_tokens is not None:
+                    cached = output.cached_tokens
     except (TimeoutError, EngineError, WorkerLost) as error:
         _log.warning("prefill of %s on %s failed: %r", ticket.request.id, worker, error)
         server.counts["prefill_failures"] += 1
-    event = e.PrefillEnded(server.clock(), worker, ticket.request.id)
+    event = e.PrefillEnded(server.clock(), worker, ticket.request.id, cached)
     server.handle(event)
     return transfer

@@ -44,12 +44,5 @@ class Agenda:
         return any(due == action for _, _, due, _ in self._heap)
 
     def only(self, *actions: Action) -> bool:
-        """Say whether nothing is to come but *actions*, each at most once."""
-        if len(self._heap) > len(actions):
-            return False
-        left = list(actions)
-        for _, _, due, _ in self._heap:
-            if due not in left:
-                return False
-            left.remove(due)
-        return True
+        """Say whether nothing is to come but *actions*."""
+        return all(due in actions for _, _, due, _ in self._heap)

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
 from ..view import Floats
 
 
@@ -27,9 +28,9 @@ def gamma(
         burstiness: Squared coefficient of variation of the gaps: 1 is Poisson,
             more comes in bursts, less is more even (0 exactly even).
     """
-    if not (0.0 < rate < math.inf and 0.0 <= burstiness < math.inf):
+    if not (0.0 < as_real(rate) < math.inf and 0.0 <= as_real(burstiness) < math.inf):
         raise InvalidRequest(
-            f"rate {rate} and burstiness {burstiness} make no arrivals"
+            f"rate {shown(rate)} and burstiness {shown(burstiness)} make no arrivals"
         )
     if burstiness == 0:
         return np.arange(requests) / rate

@@ -114,7 +114,7 @@ def _router(report: Report) -> dict[str, Any]:
 
 def _aggregate(report: Report) -> dict[str, Any]:
     done = report.done
-    unfinished = sum([not status for status in report.status])
+    unfinished = int(np.isnan(report.ended).sum())
     rates = {
         "input_token_rate": report.prompt_tokens[done].sum(),
         "output_token_rate": report.output_tokens.sum(),

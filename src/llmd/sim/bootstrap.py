@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import attrs
 import numpy as np
 
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
 from ..view import Floats, Ints
 
 _RESAMPLES = 400
@@ -76,12 +78,16 @@ def interval(
     known = [other for other in drawn if other == other]
     low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
     wider = _student(-(-size // length))
+    if wider == math.inf:  # one request says nothing of others
+        return Interval(value, -wider, wider)
     low, high = value + (low - value) * wider, value + (high - value) * wider
     return Interval(value, float(low), float(high))
 
 
 def percentile_of(percentile: float) -> Callable[[Floats], float]:
     """Return a function that gives a percentile of what is not NaN."""
+    if not 0.0 <= as_real(percentile) <= 100.0:
+        raise InvalidRequest(f"there is no percentile {shown(percentile)}")
 
     def figure(column: Floats) -> float:
         known = column[~np.isnan(column)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import attrs
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..types import Worker
 from .face import Policy
@@ -85,7 +85,7 @@ def capacities(
     seeds: int = 1,
     between: tuple[float, float] = (0.0, math.inf),
     precision: float = 0.02,
-    workers: int | Sequence[Worker] = 8,
+    workers: int | Iterable[Worker] = 8,
     machine: Machine | None = None,
     machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
@@ -112,6 +112,8 @@ def capacities(
     Raises:
         InvalidRequest: Bounds or precision that nothing can be found with.
     """
+    if not isinstance(slo, Slo):
+        raise InvalidRequest(f"slo is {shown(slo)}, want an Slo")
     if not (0.0 <= between[0] < between[1] and 0.0 < precision < math.inf):
         raise InvalidRequest(f"cannot search {between} to a part of {precision}")
     setting = Setting(
@@ -141,7 +143,7 @@ def capacity(
     workload: Workload,
     slo: Slo,
     *,
-    workers: int | Sequence[Worker] = 8,
+    workers: int | Iterable[Worker] = 8,
     machine: Machine | None = None,
     machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,

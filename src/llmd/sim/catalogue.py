@@ -32,6 +32,11 @@ def from_profile(
     Raises:
         InvalidRequest: The profile lacks what no workload can do without.
     """
+    if not (requests >= 1 and requests % 1 == 0):
+        raise InvalidRequest(
+            f"requests is {requests}, must be a whole number, 1 or more"
+        )
+    seed = int(seed)
     rng = np.random.default_rng((seed, 6))
     for key in ("input_sequence_length", "output_sequence_length"):
         if key not in profile:

@@ -52,6 +52,17 @@ class RecordedPrompt(Prompt):
         super().__init__(None, tokens)
         self._names = {size: np.zeros_like(known) for size, known in names.items()}
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Block sizes at which it is known."""
+        return tuple(self._names)
+
+    def head(self, tokens: int) -> RecordedPrompt:
+        """Return its first *tokens*."""
+        head = RecordedPrompt(tokens, {})
+        head._names = {size: n[: tokens // size] for size, n in self._names.items()}
+        return head
+
     def taken_off(self, request: Request, names: dict[int, Hashes]) -> Request:
         """Return *request*, of this prompt, whose hashes are *names* now."""
         added = {size: request.hashes(size) for size in names}

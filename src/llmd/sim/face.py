@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
 
+from ..amounts import as_real
 from ..cluster import Cluster
-from ..errors import InvalidRequest, shown
+from ..errors import InvalidRequest, PolicyError, shown
 from ..machines import Machine
 from ..router import Router
 from ..types import Worker
@@ -43,6 +45,10 @@ def fleet(
             8B model on an H200.
         max_running: Requests each batches at once.
     """
+    if not as_real(block_tokens) >= 1:
+        raise InvalidRequest(
+            f"block_tokens is {shown(block_tokens)}, must be 1 or more"
+        )
     return [
         Worker(
             id=f"w{row:03}",
@@ -59,7 +65,7 @@ def simulate(
     policy: Policy,
     workload: Workload,
     *,
-    workers: int | Sequence[Worker] = 8,
+    workers: int | Iterable[Worker] = 8,
     machine: Machine | None = None,
     machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,
@@ -70,12 +76,14 @@ def simulate(
 ) -> Report:
     """Run *policy* on *workload* in virtual time.
 
-    The policy is copied, so that one object can be compared again and again.
+    The policy is copied, so that one object can be compared again and again.  What
+    a function of its own has closed over is not: a lambda over `self` goes on
+    changing the original; a method does not.
 
     Args:
         policy: A router, a cluster not used before, or a function making one.
         workload: What arrives.
-        workers: How many equal workers, or the workers themselves.
+        workers: How many equal workers, `w000` and so on, or the workers themselves.
         machine: Step times of each that names no machine of *machines*.
         machines: Step times by the name in `Worker.machine`, for a mixed fleet.
         settings: How each schedules.
@@ -87,7 +95,7 @@ def simulate(
     Raises:
         InvalidRequest: *policy* is none, there is no worker, or none that names one
             of *machines*.
-        PolicyError: The policy raised, or broke its contract.
+        PolicyError: The policy raised, broke its contract or cannot be copied.
 
     >>> from llmd import RoundRobin
     >>> from llmd.sim import workloads
@@ -95,10 +103,7 @@ def simulate(
     40
     """
     cluster = make_cluster(policy)
-    if isinstance(workers, int):
-        workers = fleet(workers, block_tokens=workload.block_tokens)
-    if not workers:
-        raise InvalidRequest("a simulation needs a worker")
+    workers = members(workers, workload.block_tokens)
     known = {worker.machine for worker in workers}
     if machines and cluster.autoscaler is None and known.isdisjoint(machines):
         raise InvalidRequest(
@@ -109,8 +114,8 @@ def simulate(
         machine=machine or Machine(),
         machines=machines or {},
         settings=settings or EngineSettings(),
-        spawn=functools.partial(_another, tuple(workers), machines or {}),
-        crashes=tuple(crashes),
+        spawn=functools.partial(_another, workers, machines or {}),
+        crashes=(crashes,) if isinstance(crashes, Crash) else tuple(crashes),
         signals_s=signals_s,
     )
     if not progress:
@@ -126,6 +131,22 @@ def simulate(
         )
 
 
+def members(workers: int | Iterable[Worker], block_tokens: int) -> tuple[Worker, ...]:
+    """Return the workers that were asked for.
+
+    Raises:
+        InvalidRequest: They are none.
+    """
+    if isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
+        workers = fleet(int(workers), block_tokens=block_tokens)
+    found = tuple(workers) if isinstance(workers, Iterable) else ()
+    if not found or not all(isinstance(worker, Worker) for worker in found):
+        raise InvalidRequest(
+            f"workers are {shown(workers)}: want how many, or some `Worker`s"
+        )
+    return found
+
+
 def _another(
     workers: Sequence[Worker], machines: Mapping[str, Machine], row: int, pool: str
 ) -> Worker:
@@ -137,10 +158,16 @@ def _another(
 
 def make_cluster(policy: Policy) -> Cluster:
     """Return a cluster of its own for *policy*."""
-    if isinstance(policy, Router):
-        return Cluster(router=copy.deepcopy(policy))
-    if isinstance(policy, Cluster):
-        return policy.fork()
+    try:
+        if isinstance(policy, Router):
+            return Cluster(router=copy.deepcopy(policy))
+        if isinstance(policy, Cluster):
+            return policy.fork()
+    except Exception as error:
+        raise PolicyError(
+            f"{shown(policy)} cannot be copied for a run of its own: {error}; give"
+            " what it holds a __deepcopy__, or pass a function that makes a cluster"
+        ) from error
     made = policy() if callable(policy) else policy
     if not isinstance(made, Cluster):
         raise InvalidRequest(

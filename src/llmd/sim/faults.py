@@ -16,7 +16,8 @@ class Crash:
 
     Attributes:
         at: When.
-        worker: Which; nothing happens if it is gone.
+        worker: Which, or who has taken its place since; nothing happens if that
+            is gone.
         restart_after_s: Seconds until another joins in its place; inf: never.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import attrs
 
 from .. import events as e
+from ..cluster import Cluster
 from ..errors import InvalidRequest
 from ..types import RequestId
 from .outcome import Outcome
@@ -82,17 +83,25 @@ class Ledger:
     def note(self, event: e.Event) -> None:
         """Write down what an engine did."""
         match event:
+            case e.PrefillEnded(request_id=id):
+                self.outcomes[id].prefill_cached = event.cached_tokens
             case e.FirstToken(request_id=id):
                 outcome = self.outcomes[id]
                 outcome.generated += 1
                 if outcome.generated > 1:  # it goes on after another worker
                     return
                 outcome.first = event.at
-                outcome.cached_tokens = event.cached_tokens or 0
+                outcome.found(event.cached_tokens)
                 if event.at - outcome.arrived > self._slo.ttft_s:
                     self.misses_left -= 1
             case e.TokensGenerated(request_id=id, tokens=tokens):
                 self.outcomes[id].generated += tokens
+
+    def tell_who_waits(self, cluster: Cluster) -> None:
+        """Say of those that wait at the end that nobody ever took them."""
+        for id, outcome in self.outcomes.items():
+            if not outcome.status and not outcome.attempts and cluster.waits(id):
+                outcome.status = "never sent to a worker"
 
     def close(self, id: RequestId, status: str, at: float) -> list[Job]:
         """End a request; return those that may follow it now.

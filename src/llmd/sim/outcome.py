@@ -29,7 +29,8 @@ class Outcome:
         ended: When it ended, however.
         worker: That answered.
         prefill_worker: That computed its prompt, if another.
-        cached_tokens: Prompt tokens found in a cache.
+        cached_tokens: Prompt tokens found in a cache, and not computed by anybody.
+        prefill_cached: Those that the other worker found, if one computes it.
         generated: Tokens of the answer.
         attempts: Dispatches.
         status: `completed`, or in words why not; empty while unfinished.
@@ -46,6 +47,12 @@ class Outcome:
     worker: WorkerId = ""
     prefill_worker: WorkerId = ""
     cached_tokens: int = 0
+    prefill_cached: int | None = None
     generated: int = 0
     attempts: int = 0
     status: str = ""
+
+    def found(self, cached_tokens: int | None) -> None:
+        """Note what who answers found: KV that was handed over was computed first."""
+        counts = [n for n in (cached_tokens, self.prefill_cached) if n is not None]
+        self.cached_tokens = min(counts, default=0)

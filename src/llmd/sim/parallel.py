@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
+
 Result = TypeVar("Result")
 
 # What all runs share reaches a process once, when it starts.
@@ -36,6 +39,8 @@ def spread(
         count: How often to call it.
         jobs: Processes; 1 stays in this one.
     """
+    if not as_real(jobs) >= 1 or jobs % 1:
+        raise InvalidRequest(f"jobs is {shown(jobs)}, must be how many processes")
     if jobs <= 1 or count <= 1:
         return [task(shared, row) for row in range(count)]
     methods: Sequence[str] = multiprocessing.get_all_start_methods()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import InvalidRequest
 from ..view import Floats
 from .report import Report, Slo
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BINS = 120
+_NAMES = ("ttft", "tpot", "e2e")
 
 
 def latencies(
@@ -27,6 +29,8 @@ def latencies(
         slo: A limit to draw.
         name: `ttft`, `tpot` or `e2e`.
     """
+    if name not in _NAMES:
+        raise InvalidRequest(f"{name!r} is none of {', '.join(_NAMES)}")
     figure, axes = _axes()
     for report in _many(reports):
         values = np.sort(getattr(report, f"{name}s"))

@@ -8,6 +8,7 @@ would have done for each request.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +22,12 @@ from ..commands import Command
 from ..errors import InvalidRequest
 from ..events import Event
 from ..machines import Machine
-from ..types import RequestId, Worker
+from ..types import Worker
 from .codec import decode, encode, outline
+from .recording import Reader, Recording
 from .sequence import EngineSettings
 from .setting import Policies
 from .study import Comparison, compare
-from .workload import Job, Workload
 
 VERSION = 1
 
@@ -73,6 +74,39 @@ class Recorder:
         self.file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
+@contextlib.contextmanager
+def recording(cluster: Cluster, path: str | Path) -> Iterator[None]:
+    """Record what *cluster* sees and says while this lasts.
+
+    Workers that are there already are written down as if they joined then, so
+    that `counterfactual` knows them; `replay` needs all from the very first event.
+
+    >>> import tempfile
+    >>> cluster = Cluster()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with recording(cluster, Path(folder, "run.jsonl")):
+    ...         _ = cluster.handle(e.WorkerJoined(0.0, Worker(id="a")))
+    ...     len(Path(folder, "run.jsonl").read_text().splitlines())
+    2
+    """
+    before = cluster.observer
+    with Path(path).open("w", encoding="utf-8") as file:
+        recorder = Recorder(file)
+        for worker in cluster.view.workers.facts:
+            recorder(e.WorkerJoined(cluster.view.now, worker))
+
+        def observe(entry: Event | Command) -> None:
+            recorder(entry)
+            if before is not None:
+                before(entry)
+
+        cluster.observer = observe
+        try:
+            yield
+        finally:
+            cluster.observer = before
+
+
 @attrs.frozen
 class Difference:
     """Where a replay first differs from its recording.
@@ -96,23 +130,23 @@ def read(path: str | Path) -> Iterator[tuple[int, Event, list[Any]]]:
     Raises:
         InvalidRequest: The file is no recording, or of another version.
     """
-    with Path(path).open() as file:
-        header = _parsed(path, 1, file.readline())
-        if header.get("llmd_recording") != VERSION:
-            raise InvalidRequest(f"{path} is no recording of version {VERSION}")
-        event: Event | None = None
-        commands: list[Any] = []
-        at = 1
-        for number, line in enumerate(file, start=2):
-            entry = _parsed(path, number, line)
-            if "command" in entry:
-                commands.append(entry["command"])
-                continue
-            if event is not None:
-                yield at, event, commands
-            event, commands, at = _decoded(path, number, entry), [], number
+    lines = _lines(path)
+    number, line = next(lines, (1, ""))
+    if _parsed(path, number, line).get("llmd_recording") != VERSION:
+        raise InvalidRequest(f"{path} is no recording of version {VERSION}")
+    event: Event | None = None
+    commands: list[Any] = []
+    at = 1
+    for number, line in lines:
+        entry = _parsed(path, number, line)
+        if "command" in entry:
+            commands.append(entry["command"])
+            continue
         if event is not None:
             yield at, event, commands
+        event, commands, at = _decoded(path, number, entry), [], number
+    if event is not None:
+        yield at, event, commands
 
 
 def replay(path: str | Path, cluster: Cluster) -> Difference | None:
@@ -128,59 +162,28 @@ def replay(path: str | Path, cluster: Cluster) -> Difference | None:
     return None
 
 
-@attrs.frozen(eq=False)
-class Recording:
-    """What a recording says of the world, whatever the policy was.
-
-    Attributes:
-        workload: What arrived and how long the answers were.
-        workers: The fleet as it was when the first request arrived.
-    """
-
-    workload: Workload
-    workers: tuple[Worker, ...]
-
-
 def extract(path: str | Path) -> Recording:
     """Read the arrivals, answers and workers of a recording.
 
     Requests that never ended keep as long an answer as was seen, at least one
-    token; clients that left are taken to leave as late again.
+    token; clients that left are taken to leave as late again, from an answer as
+    long as the longest.  A turn of a session whose prompt has the one before and
+    its answer in front comes as long after that answer as it did, and finds the
+    answer's KV where that was computed.  Of workers those count that were there
+    when the first request came: record from before `server.add`.
+
+    Raises:
+        InvalidRequest: It is no recording, or nobody came, or nobody was there.
     """
-    arrived: dict[RequestId, e.RequestArrived] = {}
-    generated: dict[RequestId, int] = {}
-    cancelled: dict[RequestId, float] = {}
-    workers: dict[str, Worker] = {}
+    reader = Reader()
     for _, event, _ in read(path):
-        match event:
-            case e.WorkerJoined(worker=worker) if not arrived:
-                workers[worker.id] = worker
-            case e.WorkerChanged(worker=id, facts=Worker() as facts) if not arrived:
-                workers[id] = facts
-            case e.WorkerLeft(worker=id) if not arrived:
-                workers.pop(id, None)
-            case e.RequestArrived(request=request):
-                arrived[request.id] = event
-            case e.FirstToken(request_id=id):
-                generated[id] = 1
-            case e.TokensGenerated(request_id=id, tokens=tokens):
-                generated[id] = generated.get(id, 1) + tokens
-            case e.RequestCancelled(request_id=id) if id in arrived:
-                cancelled[id] = event.at - arrived[id].at
-    if not arrived or not workers:
-        raise InvalidRequest(f"{path} has no requests, or nobody to serve them")
-    jobs = [
-        Job(
-            request=event.request,
-            output_tokens=max(generated.get(id, 1), 1),
-            at=event.at,
-            cancel_after_s=cancelled.get(id, float("inf")),
+        reader.take(event)
+    found = reader.recording(Path(path).stem)
+    if found is None:
+        raise InvalidRequest(
+            f"{path} has no requests, or nobody to serve them when the first one came"
         )
-        for id, event in arrived.items()
-    ]
-    size = min([worker.block_tokens for worker in workers.values()])
-    workload = Workload(name=Path(path).stem, jobs=tuple(jobs), block_tokens=size)
-    return Recording(workload, tuple(workers.values()))
+    return found
 
 
 def counterfactual(
@@ -219,11 +222,22 @@ def counterfactual(
     )
 
 
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers from 1 on."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is no text: {error}") from error
+
+
 def _parsed(path: str | Path, number: int, line: str) -> dict[str, Any]:
     try:
         entry: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest(f"{path}, line {number}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise InvalidRequest(f"{path}, line {number} is no JSON: {error}") from error
     if not isinstance(entry, dict):
         raise InvalidRequest(f"{path}, line {number}: {line.strip()[:80]!r}")
     return entry
@@ -232,6 +246,8 @@ def _parsed(path: str | Path, number: int, line: str) -> dict[str, Any]:
 def _decoded(path: str | Path, number: int, entry: dict[str, Any]) -> Event:
     try:
         event: Event = decode(entry["event"])
+        if not isinstance(event, Event):
+            raise TypeError(f"{entry['event']!r} is no event")
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise InvalidRequest(f"{path}, line {number}: {what}") from error

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
 from ..types import WorkerId
 from ..view import Floats, Ints, Mask
 from .bootstrap import percentile_of
@@ -71,7 +72,7 @@ class Report:
         cached_tokens: How much of it was found in a cache.
         output_tokens: Length of its answer as it came.
         worker: Who answered; empty if nobody.
-        status: `completed`, or in words why not; empty if unfinished.
+        status: `completed`, or in words why not; empty if it began and did not end.
         workers: What each worker did.
         span_s: Seconds from the first arrival to the last event.
 
@@ -183,6 +184,8 @@ class Report:
         A request that was thrown out and computed again has one gap, of all
         that time, which counts in TPOT and not here.
         """
+        if not 0.0 <= as_real(percentile) <= 100.0:
+            raise InvalidRequest(f"there is no percentile {shown(percentile)}")
         runs = np.concatenate([load.runs for load in self.workers] or [NO_RUNS])
         gaps = (runs[:, 1] - runs[:, 0]) / np.maximum(runs[:, 2], 1)
         weights = runs[:, 2] * runs[:, 3]
@@ -211,6 +214,8 @@ class Report:
 
     def meets(self, slo: Slo) -> bool:
         """Say whether each part of *slo* is kept by enough of all requests."""
+        if not self.ids:
+            return True
         parts = [
             attrs.evolve(Slo(attainment=slo.attainment), **{name: bound})
             for name in ("ttft_s", "tpot_s", "e2e_s")
@@ -293,7 +298,8 @@ class Report:
         """
         times = ("arrived", "dispatched", "first", "ended")
         sizes = ("prompt_tokens", "cached_tokens", "output_tokens")
-        table: dict[str, Any] = {"id": self.ids}
+        table: dict[str, Any] = {"id": self.ids, "tenant": self.tenants}
+        table["priority"] = self.priorities
         table |= {
             name: getattr(self, name) for name in (*times, *sizes, "worker", "status")
         }

@@ -8,9 +8,12 @@ import attrs
 
 from ..amounts import as_real
 from ..blocks import Prompt
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..hashing import Hashes, process_hasher, seed_of
 from ..types import Request
+
+# One token of a step is for a prompt, one at least for an answer.
+_LEAST = {"step_tokens": 2, "report_tokens": 1, "cpu_blocks": 0}
 
 
 @attrs.frozen(kw_only=True)
@@ -54,15 +57,16 @@ class EngineSettings:
     cold_start_s: float = 60.0
 
     def __attrs_post_init__(self) -> None:
-        # One token of a step is for a prompt, one at least for an answer.
-        if not (self.step_tokens >= 2 and self.report_tokens >= 1):
-            raise InvalidRequest(f"{self!r} makes no progress")
+        for name, least in _LEAST.items():
+            value = as_real(given := getattr(self, name))
+            if not least <= value < math.inf or value % 1:
+                raise InvalidRequest(
+                    f"{name} is {shown(given)}, must be a whole number, {least} or more"
+                )
         if self.steps_ahead not in (0, 1):
             raise InvalidRequest(f"steps_ahead is {self.steps_ahead}, want 0 or 1")
         if not 0.0 <= self.watermark < 1.0:
             raise InvalidRequest(f"watermark is {self.watermark}, want [0, 1)")
-        if not self.cpu_blocks >= 0:
-            raise InvalidRequest(f"cpu_blocks is {self.cpu_blocks}, want at least 0")
         intake = "intake_s", "intake_s_per_token", "intake_s_per_request"
         for name in (*intake, "cold_start_s"):
             if not 0.0 <= as_real(getattr(self, name)) < math.inf:

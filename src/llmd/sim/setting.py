@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import attrs
 
-from ..errors import InvalidRequest
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..types import Worker
 from .face import Policy, simulate
@@ -18,6 +19,11 @@ from .tables import name_of
 from .workload import Workload
 
 Policies: TypeAlias = Mapping[str, Policy] | Sequence[Policy]
+
+
+def _kept(workers: int | Iterable[Worker]) -> int | Iterable[Worker]:
+    """Return *workers*, which may be iterated over again and again."""
+    return tuple(workers) if isinstance(workers, Iterable) else workers
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +44,7 @@ class Setting:
 
     policies: Mapping[str, Policy]
     workloads: tuple[Workload, ...]
-    workers: int | Sequence[Worker]
+    workers: int | Iterable[Worker] = attrs.field(converter=_kept)
     machine: Machine | None
     machines: Mapping[str, Machine] | None
     settings: EngineSettings | None
@@ -66,13 +72,16 @@ def named(policies: Policies) -> Mapping[str, Policy]:
     """Return *policies* by name.
 
     Raises:
-        InvalidRequest: There is none, or two have one name.
+        InvalidRequest: There is none, two have one name, or a name is no text.
     """
     if not isinstance(policies, (Mapping, Sequence)):
         raise InvalidRequest(f"{policies!r}: pass policies in a list, or by name")
     if not policies:
         raise InvalidRequest("no policy to compare")
     if isinstance(policies, Mapping):
+        odd = [name for name in policies if not isinstance(name, str)]
+        if odd:
+            raise InvalidRequest(f"policies are called {odd[:3]}: want texts")
         return policies
     names = [name_of(policy) for policy in policies]
     if len(set(names)) < len(names):
@@ -82,8 +91,8 @@ def named(policies: Policies) -> Mapping[str, Policy]:
 
 def kinds(workload: Workload, seeds: int) -> tuple[Workload, ...]:
     """Return *workload*, or one of its kind for each seed."""
-    if seeds < 1:
-        raise InvalidRequest(f"seeds is {seeds}, must be at least 1")
+    if not as_real(seeds) >= 1 or seeds % 1:
+        raise InvalidRequest(f"seeds is {shown(seeds)}, must be how many")
     if seeds == 1:
         return (workload,)
-    return tuple([workload.seeded(seed) for seed in range(seeds)])
+    return tuple([workload.seeded(seed) for seed in range(int(seeds))])

@@ -9,6 +9,7 @@ import attrs
 
 from .. import commands as c
 from .. import events as e
+from ..amounts import as_real
 from ..cluster import Cluster
 from ..errors import InvalidRequest, PolicyError, shown
 from ..machines import Machine
@@ -25,6 +26,9 @@ from .sequence import EngineSettings, Sequence
 from .worker import ModelWorker
 from .workload import Job, Workload
 
+_SHORTEST_S = 1e-3
+_RESTARTED = "-at-"
+_SHOWN = 5
 _MOST_IDLE_TICKS = 10_000
 """In a row that a run waits for an autoscaler when nothing else is to come."""
 
@@ -48,9 +52,11 @@ class Simulator:
             the autoscaler wants one more.  A worker belongs to the pool of its
             machine, its model or its role.
         crashes: Workers that die on the way.
-        tick_s: Seconds between two `Tick` events, for deadlines and autoscalers;
-            0 for none.
+        tick_s: Seconds between two `Tick` events for an autoscaler; 0 for none.
         signals_s: Seconds between two reports of each engine; 0 for none.
+
+    Raises:
+        InvalidRequest: A machine is none, or a time is below a millisecond.
 
     >>> from llmd import Cluster, Worker
     >>> from llmd.sim import workloads
@@ -76,17 +82,22 @@ class Simulator:
     _handovers: Handovers = attrs.field(init=False)
     _agenda: Agenda = attrs.field(factory=Agenda, init=False)
     _spawned: int = attrs.field(default=0, init=False)
+    # Who takes the place of whom.
+    _restarted: dict[WorkerId, WorkerId] = attrs.field(factory=dict, init=False)
     # When it looks again for what time alone brings, and when it last did.
     _looks_at: float = attrs.field(default=math.inf, init=False)
     _looked_at: float = attrs.field(default=-math.inf, init=False)
-    # When ticks are over: the last deadline, and how many found nothing else to come.
-    _last_deadline: float = attrs.field(default=-math.inf, init=False)
+    # How many found nothing else to come.
     _idle_ticks: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         for name, machine in self.machines.items():
             if not isinstance(machine, Machine):
                 raise InvalidRequest(f"machines[{name!r}] is {shown(machine)}")
+        for name in ("tick_s", "signals_s"):
+            every = as_real(getattr(self, name))
+            if every and not _SHORTEST_S <= every < math.inf:
+                raise InvalidRequest(f"{name} is {every}, want 0 or a millisecond")
         self._handovers = Handovers(Links(bytes_per_s=_link(self.machine)))
 
     def run(
@@ -119,27 +130,39 @@ class Simulator:
         begins += [crash.at for crash in self.crashes]
         self.now = max(min(begins, default=0.0), 0.0)
         for worker in workers:
-            self._join(worker, State.READY)
+            self._start(worker)
         self._schedule()
         for at, action, argument in self._agenda.until(until):
             self.now = at
             action(argument)
             if self.ledger.misses_left < 0:
                 break
+        self.ledger.tell_who_waits(self.cluster)
         return Report.of(self, workload)
+
+    def _start(self, worker: Worker) -> None:
+        if worker.state not in (State.READY, State.STARTING):
+            raise InvalidRequest(
+                f"worker {worker.id!r} is {worker.state.value}, and nothing here would"
+                " change that: want ready, or starting"
+            )
+        self._join(worker, worker.state)
+        if worker.state is State.STARTING:
+            ready_at = self.now + self.settings.cold_start_s
+            self._agenda.put(ready_at, self._ready, worker.id)
 
     def _schedule(self) -> None:
         for job in self.ledger.heads():
             self._agenda.put(job.at, self._arrive, job)
-        for outcome in self.ledger.outcomes.values():
-            if outcome.request.deadline < math.inf:
-                self._last_deadline = max(self._last_deadline, outcome.request.deadline)
-        deadlines = self._last_deadline > -math.inf
-        if self.tick_s and (self.cluster.autoscaler is not None or deadlines):
+        if self.tick_s and self.cluster.autoscaler is not None:
             self._agenda.put(self.now, self._tick, None)
         if self.signals_s:
             self._agenda.put(self.now, self._signal, None)
         for crash in self.crashes:
+            known = crash.worker.partition(_RESTARTED)[0] in self.engines
+            if not known and self.cluster.autoscaler is None:
+                there = sorted(self.engines)[:_SHOWN]
+                raise InvalidRequest(f"{crash!r}: workers are {there}")
             self._agenda.put(crash.at, self._crash, crash)
 
     # What the world does.
@@ -159,6 +182,12 @@ class Simulator:
             raise
         except InvalidRequest as error:
             self._close(request.id, f"refused: {error}")
+        if self.now < request.deadline < math.inf:
+            self._agenda.put(request.deadline, self._expire, job.id)
+
+    def _expire(self, id: RequestId) -> None:
+        if not self.ledger.outcomes[id].status:
+            self._feed(e.Tick(self.now))
 
     def _cancel(self, id: RequestId) -> None:
         outcome = self.ledger.outcomes[id]
@@ -184,9 +213,7 @@ class Simulator:
         self._feed(e.Tick(self.now))
         # With nothing else to come, only an autoscaler may still change things.
         self._idle_ticks = self._idle_ticks + 1 if self._quiet else 0
-        last = _MOST_IDLE_TICKS if self.cluster.autoscaler is not None else 0
-        late = self.now <= self._last_deadline
-        if self.ledger.open and (self._idle_ticks <= last or late):
+        if self.ledger.open and self._idle_ticks <= _MOST_IDLE_TICKS:
             self._agenda.put(self.now + self.tick_s, self._tick, None)
 
     def _signal(self, _: None) -> None:
@@ -201,20 +228,22 @@ class Simulator:
 
     @property
     def _quiet(self) -> bool:
-        """Whether nothing is to come but a tick and a signal."""
-        return self._agenda.only(self._tick, self._signal)
+        """Whether nothing is to come that could let anybody go on."""
+        return self._agenda.only(self._tick, self._signal, self._expire)
 
     def _crash(self, crash: Crash) -> None:
-        engine = self.engines.get(crash.worker)
+        id = crash.worker
+        while id in self._restarted:
+            id = self._restarted[id]
+        engine = self.engines.get(id)
         if engine is None or not engine.there:
             return
         engine.model.die(self.now)
         self._take_events(engine)
-        self._leave(crash.worker)
+        self._leave(id)
         if crash.restart_after_s < math.inf:
-            worker = attrs.evolve(
-                engine.model.worker, id=f"{crash.worker}-at-{self.now:g}"
-            )
+            self._restarted[id] = f"{crash.worker}{_RESTARTED}{self.now:g}"
+            worker = attrs.evolve(engine.model.worker, id=self._restarted[id])
             self._agenda.put(self.now + crash.restart_after_s, self._rejoin, worker)
 
     def _rejoin(self, worker: Worker) -> None:
@@ -262,7 +291,7 @@ class Simulator:
         outcome = self.ledger.outcomes[request.id]
         if not outcome.generated:
             outcome.dispatched = self.now
-        outcome.worker = decision.decode
+        outcome.worker, outcome.prefill_cached = decision.decode, None
         outcome.attempts += 1
         if decision.prefill is not None and decision.prefill != decision.decode:
             outcome.prefill_worker = decision.prefill

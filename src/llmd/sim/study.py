@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import numpy as np
@@ -83,16 +83,23 @@ class Comparison:
 
     def overloaded(self, policy: str) -> bool:
         """Say whether any run was no steady state."""
-        return any(report.overloaded for report in self.reports[policy])
+        return any(report.overloaded for report in self._of(policy))
 
     def mean(self, policy: str, name: str) -> float:
         """Return the mean over seeds of a figure of `Report.summary`."""
-        figures = [report.summary()[name] for report in self.reports[policy]]
-        return float(np.mean(figures))
+        summaries = [report.summary() for report in self._of(policy)]
+        if name not in summaries[0]:
+            raise InvalidRequest(f"{name!r} is none of {', '.join(summaries[0])}")
+        return float(np.mean([summary[name] for summary in summaries]))
+
+    def _of(self, policy: str) -> tuple[Report, ...]:
+        if policy not in self.reports:
+            raise InvalidRequest(f"{policy!r} is none of {', '.join(self.policies)}")
+        return self.reports[policy]
 
     def goodput(self, policy: str) -> float:
         """Return requests a second that kept the SLO, mean over seeds."""
-        return float(np.mean([r.goodput(self.slo) for r in self.reports[policy]]))
+        return float(np.mean([r.goodput(self.slo) for r in self._of(policy)]))
 
     def _interval(
         self, figure: Callable[..., float], columns: Sequence[Floats]
@@ -113,7 +120,7 @@ class Comparison:
     def _values(self, policy: str, name: str) -> Floats:
         if name not in _FIGURES:
             raise InvalidRequest(f"{name!r} is none of {', '.join(_FIGURES)}")
-        columns = [getattr(report, f"{name}s") for report in self.reports[policy]]
+        columns = [getattr(report, f"{name}s") for report in self._of(policy)]
         return np.concatenate(columns)
 
     def _grid(self) -> tuple[list[str], list[list[str]]]:
@@ -149,7 +156,7 @@ def compare(
     *,
     seeds: int = 1,
     slo: Slo | None = None,
-    workers: int | Sequence[Worker] = 8,
+    workers: int | Iterable[Worker] = 8,
     machine: Machine | None = None,
     machines: Mapping[str, Machine] | None = None,
     settings: EngineSettings | None = None,

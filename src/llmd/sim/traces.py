@@ -14,8 +14,9 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ from .prompts import SegmentPrompt, mixed
 from .workload import Job, Workload
 
 _ZSTD_S = 120.0
+_LONGEST = 1 << 40
 _ZONE = re.compile(r"(Z|[+-]\d\d:?\d\d)$")
 _NOT_UNDERSTOOD = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    RecursionError,
     TypeError,
     ValueError,
 )
+_NOT_READ = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def mooncake(path: str | Path, name: str = "") -> Workload:
@@ -49,15 +53,17 @@ def mooncake(path: str | Path, name: str = "") -> Workload:
     see `Workload.jittered`.
     """
     jobs = []
-    for row, line in enumerate(_lines(path)):
+    for row, line in _filled(path):
         with _understood(path, row):
             fields = json.loads(line)
-            tokens = max(int(fields["input_length"]), 1)
-            prompt = Prompt.named(fields["hash_ids"], block_tokens=512, tokens=tokens)
+            tokens, ids = _tokens(fields["input_length"]), fields["hash_ids"]
+            if len(set(ids)) < len(ids):
+                raise ValueError("a block is named twice, and names tell of prefixes")
+            prompt = Prompt.named(ids, block_tokens=512, tokens=tokens)
             jobs.append(
                 Job(
                     request=Request(id=f"m{row}", prompt=prompt),
-                    output_tokens=max(int(fields["output_length"]), 1),
+                    output_tokens=_tokens(fields["output_length"]),
                     at=float(fields["timestamp"]) / 1000.0,
                 )
             )
@@ -68,11 +74,19 @@ def write_mooncake(workload: Workload, path: str | Path) -> None:
     """Write *workload* as Mooncake JSONL, 512-token blocks.
 
     Followers are written at the time they would arrive if every answer took
-    no time; the format knows no sessions.
+    no time; the format knows no sessions, and no blocks of answers: who reads
+    it finds less to reuse.  A name in `.gz` is compressed.
+
+    Raises:
+        BlockSizeMismatch: Its prompts have no names at 512 tokens; nothing is
+            written then.
     """
     ids: dict[object, int] = {}
     ends: dict[str, float] = {}
-    with Path(path).open("w") as file:
+    for job in workload.jobs:
+        job.request.hashes(512)  # or there is nothing to write
+    open_ = gzip.open if Path(path).suffix == ".gz" else open
+    with open_(path, "wt", encoding="utf-8") as file:
         for job in _chronological(workload, ends):
             tokens = job.request.prompt_tokens
             names: list[object] = job.request.hashes(512).tolist()
@@ -95,14 +109,13 @@ def azure(path: str | Path, name: str = "", requests: int | None = None) -> Work
     contents, so no prompt shares a prefix with another.
     """
     rows: list[tuple[datetime, int, int]] = []
-    for row, line in enumerate(csv.DictReader(_lines(path))):
+    for row, line in enumerate(_rows(path)):
         if requests is not None and row >= requests:
             break
         with _understood(path, row + 1):
-            # Python reads six decimals, the file has seven; some rows have a zone.
-            when = datetime.fromisoformat(_ZONE.sub("", line["TIMESTAMP"])[:26])
-            tokens = max(int(line["ContextTokens"]), 1)
-            rows.append((when, tokens, max(int(line["GeneratedTokens"]), 1)))
+            when = _utc(line["TIMESTAMP"])
+            tokens = _tokens(line["ContextTokens"])
+            rows.append((when, tokens, _tokens(line["GeneratedTokens"])))
     start = min([when for when, *_ in rows], default=None)
     jobs = [
         Job(
@@ -132,7 +145,7 @@ def weka(
     """
     jobs: list[Job] = []
     size = 0
-    for row, line in enumerate(_lines(path)):
+    for row, line in _filled(path):
         if sessions is not None and row >= sessions:
             break
         with _understood(path, row):
@@ -169,7 +182,7 @@ def _session(
             _session(jobs, root, row, fields["requests"], size, start, inner, called)
             continue
         answered = float(fields["t"]) + float(fields.get("api_time") or 0.0)
-        tokens = max(int(fields["in"]), 1)
+        tokens = _tokens(fields["in"])
         names = _chained(row, fields["hash_ids"])
         id = ".".join([root, *map(str, path), str(turn)])
         jobs.append(
@@ -180,13 +193,32 @@ def _session(
                     session=".".join([root, *map(str, path)]),
                     tenant=root,
                 ),
-                output_tokens=max(int(fields["out"]), 1),
+                output_tokens=_tokens(fields["out"]),
                 at=start + float(fields["t"]),
                 follows=before,
                 think_s=lead or max(float(fields.get("think_time") or 0.0), 0.0),
             )
         )
         before, lead = id, 0.0
+
+
+def _tokens(count: Any) -> int:
+    """Return a length as a trace tells it; none at all is a token here."""
+    tokens = int(count)
+    if not 0 <= tokens <= _LONGEST:
+        raise ValueError(f"{count!r} is no number of tokens")
+    return max(tokens, 1)
+
+
+def _utc(text: str) -> datetime:
+    """Read a time; Python reads six decimals, and Azure writes seven."""
+    zone = _ZONE.search(text)
+    when = datetime.fromisoformat(_ZONE.sub("", text)[:26])
+    if zone is None or zone[0] == "Z":
+        return when
+    hours, minutes = zone[0][1:3], zone[0][-2:]
+    east = timedelta(hours=int(hours), minutes=int(minutes))
+    return when - east if zone[0][0] == "+" else when + east
 
 
 def _chained(session: int, ids: list[int]) -> Hashes:
@@ -216,6 +248,20 @@ def inference_perf(
         return from_profile(profile, requests, rate, seed, file.parent.name)
 
 
+def _filled(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers from 0 on."""
+    for row, line in enumerate(_lines(path)):
+        if line.strip():
+            yield row, line
+
+
+def _rows(path: str | Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from csv.DictReader(_lines(path))
+    except csv.Error as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}") from error
+
+
 def _lines(path: str | Path) -> Iterator[str]:
     file = Path(path)
     try:
@@ -229,6 +275,8 @@ def _lines(path: str | Path) -> Iterator[str]:
                 yield from lines
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path} is no text: {error}") from error
+    except _NOT_READ as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}") from error
 
 
 def _unzstd(path: Path) -> str:
@@ -253,6 +301,9 @@ def _understood(path: str | Path, row: int) -> Iterator[None]:
         yield
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}, line {row + 1}: {error}") from error
+    except json.JSONDecodeError as error:
+        what = f"no JSON at character {error.pos + 1}: {error.msg}"
+        raise InvalidRequest(f"{path}, line {row + 1}: {what}") from error
     except _NOT_UNDERSTOOD as error:
         what = f"{type(error).__name__}: {error}"
         raise InvalidRequest(f"{path}, line {row + 1}: {what}") from error

@@ -309,7 +309,8 @@ class ModelWorker:
             return
         if sequence.prefill_only:
             sequence.parked = True
-            self._events.append(e.PrefillEnded(now, id, request.id))
+            cached = max(sequence.cached, 0)
+            self._events.append(e.PrefillEnded(now, id, request.id, cached))
             return
         sequence.generated += 1
         self.begun += 1

@@ -5,14 +5,28 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
 
+from ..amounts import as_real
 from ..blocks import Prompt
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..types import Request, RequestId
 from ..view import Floats
+
+_LONGEST = 1 << 40
+_LATEST_S = 1e11
+"""Later than that a float cannot tell microseconds apart."""
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number of any kind, as of numpy, as an int."""
+    try:
+        return value if value is True else operator.index(value)
+    except TypeError:
+        return value
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -28,10 +42,14 @@ class Job:
         follows: Id of the request whose answer the client reads first.
         think_s: Seconds from that answer to this request.
         cancel_after_s: Seconds after arrival at which the client gives up.
+
+    Raises:
+        InvalidRequest: The answer has no length, or one above the request's
+            `max_new_tokens`; or a time is none.
     """
 
     request: Request
-    output_tokens: int
+    output_tokens: int = attrs.field(converter=_whole)
     at: float = 0.0
     answer: Prompt | None = None
     follows: RequestId = ""
@@ -39,15 +57,20 @@ class Job:
     cancel_after_s: float = math.inf
 
     def __attrs_post_init__(self) -> None:
-        if self.output_tokens < 1:
+        tokens, most = self.output_tokens, self.request.max_new_tokens
+        if not (type(tokens) is int and 1 <= tokens <= _LONGEST):
             raise InvalidRequest(
-                f"output_tokens of {self.request.id!r} is {self.output_tokens},"
-                " must be at least 1"
+                f"output_tokens of {self.request.id!r} is {shown(tokens)}, must be a"
+                " whole number of at least 1"
             )
-        times = (self.at, self.think_s)
-        if not (
-            all(0.0 <= time < math.inf for time in times) and self.cancel_after_s >= 0
-        ):
+        if most is not None and tokens > most:
+            raise InvalidRequest(
+                f"{self.request.id!r} has an answer of {tokens} tokens and wants"
+                f" {most} at most"
+            )
+        times = as_real(self.at), as_real(self.think_s)
+        leaves = as_real(self.cancel_after_s)
+        if not (all(0.0 <= time <= _LATEST_S for time in times) and leaves >= 0.0):
             raise InvalidRequest(f"{self.request.id!r} comes or leaves at no time")
 
     @property
@@ -124,7 +147,7 @@ class Workload:
 
         Think times stay: people do not think faster when more of them come.
         """
-        if not rate > 0 or not self.span_s:
+        if not 0.0 < as_real(rate) < math.inf or not self.span_s:
             raise InvalidRequest(f"cannot bring {self.name!r} to {rate} requests/s")
         return self._stretched(self.rate / rate)
 
@@ -134,6 +157,9 @@ class Workload:
         A workload that was read from a file keeps its jobs, each moved later by up
         to the mean gap.
         """
+        seed = _whole(seed)
+        if type(seed) is not int or seed < 0:
+            raise InvalidRequest(f"seed is {shown(seed)}, must be a whole number")
         if self.remake is not None:
             return self.remake(seed)
         return self.jittered(self.span_s / max(len(self), 1), seed)
@@ -153,6 +179,8 @@ class Workload:
 
         Undoes clocks that were rounded down, as in the Mooncake traces (3 s).
         """
+        if not 0.0 <= as_real(width_s) <= _LATEST_S:
+            raise InvalidRequest(f"arrivals cannot move by up to {shown(width_s)} s")
         rng = np.random.default_rng(seed)
         moves = rng.uniform(0.0, width_s, len(self.jobs)).tolist()
         jobs = self._moved(dict(zip(self.jobs, moves, strict=True)))
@@ -161,6 +189,7 @@ class Workload:
 
     def arriving(self, times: Floats) -> Workload:
         """Return its scheduled jobs, in order, at *times*, shape (n,)."""
+        times = np.asarray(times, dtype=np.float64)
         heads = [job for job in self.jobs if not job.follows]
         if len(times) < len(heads):
             raise InvalidRequest(f"{len(times)} times for {len(heads)} arrivals")

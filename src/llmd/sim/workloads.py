@@ -13,20 +13,23 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..amounts import as_real
+from ..errors import InvalidRequest, shown
 from ..types import Request
 from ..view import Ints
 from .arrivals import gamma
 from .prompts import Segment, SegmentPrompt, mix
 from .workload import Job, Workload
 
+_LONGEST = 1 << 24
+
 
 def _lengths(
     rng: np.random.Generator, median: float, spread: float, size: int, most: int
 ) -> Ints:
     """Draw log-normal lengths from 1 to *most* tokens, or to 4 medians if more."""
-    if not 0.0 < median < math.inf:
-        raise InvalidRequest(f"a median of {median} tokens is no length")
+    if not (0.0 < as_real(median) <= _LONGEST):
+        raise InvalidRequest(f"a median of {shown(median)} tokens is no length")
     most = max(most, math.ceil(4.0 * median))
     drawn = median * np.exp(spread * rng.standard_normal(size))
     return np.clip(np.rint(drawn), 1, most).astype(np.int64)
@@ -34,15 +37,22 @@ def _lengths(
 
 def _at_least(least: int, **given: float) -> None:
     for name, value in given.items():
-        if not least <= value < math.inf:
-            raise InvalidRequest(f"{name} is {value}, must be at least {least}")
+        if not least <= as_real(value) < math.inf:
+            raise InvalidRequest(f"{name} is {shown(value)}, must be at least {least}")
+
+
+def _whole(least: int, **given: int) -> None:
+    _at_least(least, **given)
+    for name, value in given.items():
+        if value % 1:
+            raise InvalidRequest(f"{name} is {value}, must be a whole number")
 
 
 class _Texts:
     """Numbers for texts that nobody else has."""
 
     def __init__(self, seed: int, kind: str) -> None:
-        self._root = mix(seed * 1_000_003 + sum(kind.encode()))
+        self._root = mix(int(seed) * 1_000_003 + sum(kind.encode()))
         self._made = 0
 
     def new(self, tokens: int) -> Segment:
@@ -77,9 +87,11 @@ def dialogue(
         burstiness: Of the starts of dialogues; 1 is Poisson.
         seed: Of all that is drawn.
     """
-    _at_least(1, turns=turns, requests=requests, system_prompts=system_prompts)
-    _at_least(1, system_tokens=system_tokens)
-    _at_least(0, think_s=think_s, seed=seed)
+    _at_least(1, turns=turns)
+    _at_least(0, think_s=think_s)
+    _whole(1, requests=requests, system_prompts=system_prompts)
+    _whole(1, system_tokens=system_tokens)
+    _whole(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 1)), _Texts(seed, "dialogue")
@@ -142,8 +154,9 @@ def documents(
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
-    _at_least(1, requests=requests, questions_per_document=questions_per_document)
-    _at_least(0, seed=seed)
+    _at_least(1, questions_per_document=questions_per_document)
+    _whole(1, requests=requests)
+    _whole(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 2)), _Texts(seed, "documents")
@@ -182,8 +195,8 @@ def batch(
         burstiness: Of arrivals; 0 sends them evenly.
         seed: Of all that is drawn.
     """
-    _at_least(1, requests=requests)
-    _at_least(0, seed=seed)
+    _whole(1, requests=requests)
+    _whole(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 3)), _Texts(seed, "batch")
@@ -230,9 +243,10 @@ def shared_prefix(
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
-    _at_least(1, requests=requests, groups=groups, users_per_group=users_per_group)
-    _at_least(1, system_tokens=system_tokens, question_tokens=question_tokens)
-    _at_least(0, seed=seed)
+    _whole(1, requests=requests, groups=groups, users_per_group=users_per_group)
+    _whole(1, system_tokens=system_tokens, question_tokens=question_tokens)
+    _whole(1, answer_tokens=answer_tokens)
+    _whole(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 4)), _Texts(seed, "shared")
@@ -268,12 +282,15 @@ def mixed(*, rate: float = 6.0, requests: int = 1000, seed: int = 0) -> Workload
         requests: How many in all.
         seed: Of all that is drawn.
     """
-    _at_least(3, requests=requests)
+    _whole(3, requests=requests)
+    _at_least(0, rate=rate)
     arguments = {"rate": rate, "requests": requests}
-    parts = {dialogue: 0.5, documents: 0.2, batch: 0.3}
+    parts = {documents: 0.2, batch: 0.3, dialogue: 0.5}
     jobs: list[Job] = []
     for make, part in parts.items():
         count = max(round(requests * part), 1)
+        if make is dialogue:
+            count = requests - len(jobs)
         made = make(rate=rate * part, requests=count, seed=seed)  # type: ignore[operator]
         jobs += made.jobs
     again = functools.partial(_again, mixed, arguments)
