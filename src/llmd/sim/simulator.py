@@ -16,7 +16,7 @@ from ..machines import Machine
 from ..types import Request, RequestId, State, Tier, Worker, WorkerId
 from .agenda import Agenda
 from .engines import Engine, staying, surplus
-from .faults import Crash
+from .faults import Crash, Places
 from .handover import Handovers, Pair
 from .ledger import Ledger
 from .links import Links
@@ -27,8 +27,6 @@ from .worker import ModelWorker
 from .workload import Job, Workload
 
 _SHORTEST_S = 1e-3
-_RESTARTED = "-at-"
-_SHOWN = 5
 _MOST_IDLE_TICKS = 10_000
 """In a row that a run waits for an autoscaler when nothing else is to come."""
 
@@ -82,8 +80,7 @@ class Simulator:
     _handovers: Handovers = attrs.field(init=False)
     _agenda: Agenda = attrs.field(factory=Agenda, init=False)
     _spawned: int = attrs.field(default=0, init=False)
-    # Who takes the place of whom.
-    _restarted: dict[WorkerId, WorkerId] = attrs.field(factory=dict, init=False)
+    _places: Places = attrs.field(factory=Places, init=False)
     # When it looks again for what time alone brings, and when it last did.
     _looks_at: float = attrs.field(default=math.inf, init=False)
     _looked_at: float = attrs.field(default=-math.inf, init=False)
@@ -159,10 +156,8 @@ class Simulator:
         if self.signals_s:
             self._agenda.put(self.now, self._signal, None)
         for crash in self.crashes:
-            known = crash.worker.partition(_RESTARTED)[0] in self.engines
-            if not known and self.cluster.autoscaler is None:
-                there = sorted(self.engines)[:_SHOWN]
-                raise InvalidRequest(f"{crash!r}: workers are {there}")
+            if self.cluster.autoscaler is None:  # which may yet start anybody
+                crash.of(self.engines)
             self._agenda.put(crash.at, self._crash, crash)
 
     # What the world does.
@@ -232,9 +227,7 @@ class Simulator:
         return self._agenda.only(self._tick, self._signal, self._expire)
 
     def _crash(self, crash: Crash) -> None:
-        id = crash.worker
-        while id in self._restarted:
-            id = self._restarted[id]
+        id = self._places.holder(crash.worker)
         engine = self.engines.get(id)
         if engine is None or not engine.there:
             return
@@ -242,8 +235,7 @@ class Simulator:
         self._take_events(engine)
         self._leave(id)
         if crash.restart_after_s < math.inf:
-            self._restarted[id] = f"{crash.worker}{_RESTARTED}{self.now:g}"
-            worker = attrs.evolve(engine.model.worker, id=self._restarted[id])
+            worker = self._places.taken(engine.model.worker, self.now)
             self._agenda.put(self.now + crash.restart_after_s, self._rejoin, worker)
 
     def _rejoin(self, worker: Worker) -> None:
