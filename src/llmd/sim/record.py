@@ -24,7 +24,7 @@ from ..events import Event
 from ..machines import Machine
 from ..types import Worker
 from .codec import decode, encode, outline
-from .recording import Reader, Recording
+from .recorded import Reader, Recording
 from .sequence import EngineSettings
 from .setting import Policies
 from .study import Comparison, compare
