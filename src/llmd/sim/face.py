@@ -6,7 +6,7 @@ import copy
 import functools
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -137,9 +137,11 @@ def members(workers: int | Iterable[Worker], block_tokens: int) -> tuple[Worker,
     Raises:
         InvalidRequest: They are none.
     """
-    if isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
-        workers = fleet(int(workers), block_tokens=block_tokens)
-    found = tuple(workers) if isinstance(workers, Iterable) else ()
+    found: tuple[Any, ...] = ()
+    if isinstance(workers, Iterable):
+        found = tuple(workers)
+    elif isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
+        found = tuple(fleet(int(workers), block_tokens=block_tokens))
     if not found or not all(isinstance(worker, Worker) for worker in found):
         raise InvalidRequest(
             f"workers are {shown(workers)}: want how many, or some `Worker`s"
