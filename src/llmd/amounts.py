@@ -58,6 +58,19 @@ def as_real(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def as_whole(value: Any) -> int | None:
+    """Return a whole number of any kind, as of numpy, as an int; else None.
+
+    >>> import numpy as np
+    >>> as_whole(np.int8(3)), as_whole(3.0), as_whole(True)
+    (3, None, None)
+    """
+    if type(value) is int:
+        return value
+    known = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if known else None
+
+
 def kind(of: type) -> Callable[[Any, Any, Any], None]:
     """Return a validator: an object of a kind, as its class is easily given."""
 

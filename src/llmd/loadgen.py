@@ -160,12 +160,12 @@ class LoadGenerator:
             deadline=job.request.deadline + self._start,
         )
         given = self._given[job.id] = []
-        last, cached = sent, None
+        last = sent
         sampling = {"ignore_eos": True, "temperature": 0.0}
         async for piece in self.server.generate(request, sampling):
             now = self._now()
-            if piece.cached_tokens is not None:
-                cached = piece.cached_tokens
+            if piece.cached_tokens is not None and outcome.found is None:
+                outcome.found = piece.cached_tokens  # and not when it goes on elsewhere
             tokens = len(piece.token_ids)
             if not tokens:
                 continue
@@ -178,7 +178,6 @@ class LoadGenerator:
             outcome.generated += tokens
             given += piece.token_ids
             last = now
-        outcome.found(cached)
 
     def _prompt(self, job: Job) -> Any:
         """Return the tokens of a prompt, with the answer really given in it."""
@@ -209,13 +208,12 @@ class LoadGenerator:
             if isinstance(entry, e.PrefillEnded):
                 outcome = self._ledger.outcomes.get(entry.request_id)
                 if outcome is not None:
-                    outcome.prefill_cached = entry.cached_tokens
+                    outcome.also_found(entry.cached_tokens)
             elif isinstance(entry, c.Dispatch):
                 outcome = self._ledger.outcomes.get(entry.request.id)
                 if outcome is not None:
                     outcome.dispatched = self._now()
                     outcome.worker = entry.decision.decode
-                    outcome.prefill_cached = None
                     outcome.attempts += 1
 
         return observe

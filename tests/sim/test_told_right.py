@@ -10,12 +10,14 @@ import pytest
 import llmd
 from llmd import Request, Role, State, Worker
 from llmd import events as e
+from llmd.balancer import FixedRoom, FlowControl
 from llmd.errors import InvalidRequest, PolicyError
 from llmd.router import Disaggregated
 from llmd.sim import (
     Crash,
     EngineSettings,
     Job,
+    Rollout,
     Simulator,
     Slo,
     Workload,
@@ -323,6 +325,12 @@ LOAD = workloads.batch(requests=10)
         lambda: compare([llmd.RoundRobin()], LOAD, seeds=2.5),
         lambda: compare([llmd.RoundRobin()], LOAD, jobs="2"),
         lambda: compare([llmd.RoundRobin()], LOAD, jobs=0),
+        lambda: compare([llmd.RoundRobin()], LOAD, jobs=2.0),
+        lambda: compare([llmd.RoundRobin()], LOAD, seeds=2.0),
+        lambda: compare([llmd.RoundRobin()], LOAD, slo=3),
+        lambda: workloads.batch(requests=10.0),
+        lambda: fleet(2, block_tokens=16.0),
+        lambda: fleet(2.5),
         lambda: compare({1: llmd.RoundRobin()}, LOAD),
         lambda: compare([llmd.RoundRobin()], LOAD).goodput("typo"),
         lambda: compare([llmd.RoundRobin()], LOAD).mean("RoundRobin", "typo"),
@@ -374,3 +382,153 @@ def test_a_table_says_whose_each_request_was():
 
 def test_an_slo_of_nobody_is_kept():
     assert simulate(llmd.RoundRobin(), of()).meets(Slo(ttft_s=1.0))
+
+
+# What a review of all this found.
+
+
+def test_a_deadline_that_was_over_on_arrival_is_told_at_once():
+    cluster = llmd.Cluster(
+        router=llmd.LeastLoaded(), balancer=FlowControl(rooms=[FixedRoom(1)])
+    )
+    jobs = [
+        one("a", 3000, 300),
+        one("b", 9, 9, at=0.1),
+        one("c", 9, 9, at=1.0, deadline=0.5),
+        one("d", 9, 9, at=1.0, deadline=1.0),
+    ]
+    report = simulate(cluster, of(*jobs), workers=1)
+    assert list(report.ended[2:]) == [1.0, 1.0]
+    assert all("Deadline" in status for status in report.status[2:])
+
+
+def test_answers_are_counted_up_to_their_deadline():
+    jobs = [one("a", 100, 500, deadline=0.3)]
+    jobs.append(attrs.evolve(one("b", 100, 500), cancel_after_s=0.3))
+    report = simulate(llmd.RoundRobin(), of(*jobs), workers=2)
+    assert report.output_tokens[0] == report.output_tokens[1] > 10
+
+
+def test_a_prompt_that_was_lost_with_its_target_is_no_hit():
+    workers = [
+        Worker(id="p0", role=Role.PREFILL),
+        Worker(id="d0", role=Role.DECODE),
+        Worker(id="d1", role=Role.DECODE),
+    ]
+    load = of(one("a", 20_000, 50))
+    whole = simulate(disaggregated(), load, workers=workers)
+    for part in 0.5, 0.99:
+        crash = Crash(at=part * whole.ttft(50), worker=whole.worker[0])
+        report = simulate(disaggregated(), load, workers=workers, crashes=[crash])
+        assert report.completed == 1
+        assert report.cached_tokens[0] == 0
+
+
+def test_an_autoscaler_that_tries_things_out_knows_of_short_answers():
+    cluster = llmd.Cluster(
+        router=llmd.LeastLoaded(),
+        balancer=FlowControl(rooms=[FixedRoom(4)]),
+        autoscaler=Rollout(
+            slo=Slo(ttft_s=1.0), interval=5.0, horizon=5.0, window=10.0, max_workers=3
+        ),
+    )
+    jobs = [
+        one(f"batch{row}", 100, 5, at=0.1 * row, max_new_tokens=8)
+        if row % 3 == 0
+        else one(f"batch{row}", 100, 200, at=0.1 * row)
+        for row in range(150)
+    ]
+    assert simulate(cluster, of(*jobs), workers=1).completed == 150
+
+
+@pytest.mark.parametrize("begin", [0.0, 1e6])
+def test_every_successor_has_an_id_of_its_own(begin):
+    jobs = [one(f"r{row}", 50, 300, at=begin + 0.1 * row) for row in range(80)]
+    crashes = [
+        Crash(at=begin + at, worker=worker, restart_after_s=0.3)
+        for at in (1.0, 2.0, 3.0)
+        for worker in ("gpu-at-rack1", "gpu-at-rack2")
+    ]
+    workers = [Worker(id=name) for name in ("gpu-at-rack1", "gpu-at-rack2", "x")]
+    report = simulate(llmd.LeastLoaded(), of(*jobs), workers=workers, crashes=crashes)
+    ids = [worker.id for worker in report.workers]
+    assert len(set(ids)) == len(ids) == 3 + len(crashes)
+
+
+def test_a_run_that_is_cut_says_nothing_of_who_waits():
+    cluster = llmd.Cluster(balancer=FlowControl(rooms=[FixedRoom(1)]))
+    simulator = Simulator(cluster)
+    load = workloads.batch(rate=20, requests=60)
+    report = simulator.run(load, fleet(1), until=2.0)
+    assert set(report.status) <= {"", "completed"}
+
+
+def told(path, *turns, stored=(), sizes=(16,)):
+    """Record turns of a session, (id, prompt, answer tokens), one after the other."""
+    cluster = llmd.Cluster(router=llmd.LeastLoaded())
+    with recording(cluster, path):
+        cluster.handle(e.WorkerJoined(0.0, Worker(id="w", block_tokens=sizes[0])))
+        for number, (id, prompt, tokens) in enumerate(turns, start=1):
+            if number == 2:
+                for size in sizes[1:]:
+                    other = Worker(id=f"w{size}", block_tokens=size)
+                    cluster.handle(e.WorkerJoined(number, other))
+            request = Request(id=id, prompt=prompt, session="s")
+            (sent,) = cluster.handle(e.RequestArrived(number, request))
+            worker = sent.decision.decode
+            cluster.handle(e.FirstToken(number, worker, id, 0))
+            cluster.handle(e.TokensGenerated(number, worker, id, tokens - 1))
+            cluster.handle(e.RequestEnded(number + 0.5, worker, id))
+            for tokens_held in stored:
+                names = Request(id="x", prompt=tokens_held).hashes(16)
+                held = e.BlocksStored(number + 0.5, worker, names, 16)
+                cluster.handle(held)
+    return extract(path).workload
+
+
+def test_a_turn_follows_whom_it_has_in_front(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first, whole = [*range(40)], [*range(140)]
+    turns = ("a", first, 60), ("b", whole, 10)
+    a, b = told(path, *turns, stored=[whole[:100]])
+    assert (b.follows, b.think_s, a.answer.tokens) == ("a", 0.5, 100)
+    # Sizes that were not known when the first one came tell nothing of it.
+    a, b = told(path, *turns, stored=[whole[:100]], sizes=(16, 32))
+    assert b.follows == "a"
+    # Nobody ever held what it has where the answer would be.
+    a, b = told(path, *turns, stored=[first])
+    assert (b.follows, a.answer) == ("", None)
+    # Too short to tell, or of something else.
+    a, b = told(path, ("a", [*range(10)], 400), ("b", [*range(5000, 6000)], 1))
+    assert (b.follows, a.answer) == ("", None)
+
+
+def test_who_missed_a_deadline_misses_it_again(tmp_path):
+    path = tmp_path / "run.jsonl"
+    jobs = [one(f"r{n}", 2000, 900, at=0.1 * n, deadline=0.1 * n + 2) for n in range(5)]
+    jobs.append(one("long", 2000, 900))
+    report = recorded(path, of(*jobs), workers=1)
+    assert sum("Deadline" in status for status in report.status) == 5
+    study = counterfactual(path, [llmd.LeastLoaded()])
+    (same,) = study.reports[study.policies[0]]
+    assert same.status == report.status
+
+
+def test_who_left_after_the_end_did_not_leave(tmp_path):
+    path = tmp_path / "run.jsonl"
+    cluster = llmd.Cluster(router=llmd.LeastLoaded())
+    with recording(cluster, path):
+        cluster.handle(e.WorkerJoined(0.0, Worker(id="w")))
+        cluster.handle(e.RequestArrived(1.0, Request(id="r", prompt=[1, 2])))
+        cluster.handle(e.FirstToken(1.1, "w", "r"))
+        cluster.handle(e.RequestEnded(1.1, "w", "r"))
+        cluster.handle(e.RequestCancelled(1.2, "r"))
+    (job,) = extract(path).workload.jobs
+    assert (job.output_tokens, job.cancel_after_s) == (1, math.inf)
+
+
+def test_an_empty_recording_is_none(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("")
+    with pytest.raises(InvalidRequest, match="no recording of version"):
+        extract(path)

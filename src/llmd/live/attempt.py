@@ -161,6 +161,7 @@ async def _prefill(
                     cached = output.cached_tokens
     except (TimeoutError, EngineError, WorkerLost) as error:
         _log.warning("prefill of %s on %s failed: %r", ticket.request.id, worker, error)
+        cached = None
         server.counts["prefill_failures"] += 1
     event = e.PrefillEnded(server.clock(), worker, ticket.request.id, cached)
     server.handle(event)

@@ -39,6 +39,9 @@ class Agenda:
             at, _, action, argument = heapq.heappop(heap)
             yield at, action, argument
 
+    def __len__(self) -> int:
+        return len(self._heap)
+
     def has(self, action: Action) -> bool:
         """Say whether *action* is to come."""
         return any(due == action for _, _, due, _ in self._heap)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..amounts import as_whole
 from ..errors import InvalidRequest
 from ..types import Request
 from ..view import Floats
@@ -32,7 +33,7 @@ def from_profile(
     Raises:
         InvalidRequest: The profile lacks what no workload can do without.
     """
-    if not (requests >= 1 and requests % 1 == 0):
+    if (as_whole(requests) or 0) < 1:
         raise InvalidRequest(
             f"requests is {requests}, must be a whole number, 1 or more"
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
 
-from ..amounts import as_real
+from ..amounts import as_whole
 from ..cluster import Cluster
 from ..errors import InvalidRequest, PolicyError, shown
 from ..machines import Machine
@@ -45,9 +44,10 @@ def fleet(
             8B model on an H200.
         max_running: Requests each batches at once.
     """
-    if not as_real(block_tokens) >= 1:
+    if as_whole(workers) is None or (as_whole(block_tokens) or 0) < 1:
         raise InvalidRequest(
-            f"block_tokens is {shown(block_tokens)}, must be 1 or more"
+            f"{shown(workers)} workers with blocks of {shown(block_tokens)} tokens:"
+            " want whole numbers"
         )
     return [
         Worker(
@@ -140,8 +140,8 @@ def members(workers: int | Iterable[Worker], block_tokens: int) -> tuple[Worker,
     found: tuple[Any, ...] = ()
     if isinstance(workers, Iterable):
         found = tuple(workers)
-    elif isinstance(workers, numbers.Integral) and not isinstance(workers, bool):
-        found = tuple(fleet(int(workers), block_tokens=block_tokens))
+    elif (count := as_whole(workers)) is not None:
+        found = tuple(fleet(count, block_tokens=block_tokens))
     if not found or not all(isinstance(worker, Worker) for worker in found):
         raise InvalidRequest(
             f"workers are {shown(workers)}: want how many, or some `Worker`s"

@@ -84,14 +84,14 @@ class Ledger:
         """Write down what an engine did."""
         match event:
             case e.PrefillEnded(request_id=id):
-                self.outcomes[id].prefill_cached = event.cached_tokens
+                self.outcomes[id].also_found(event.cached_tokens)
             case e.FirstToken(request_id=id):
                 outcome = self.outcomes[id]
                 outcome.generated += 1
                 if outcome.generated > 1:  # it goes on after another worker
                     return
                 outcome.first = event.at
-                outcome.found(event.cached_tokens)
+                outcome.found = event.cached_tokens
                 if event.at - outcome.arrived > self._slo.ttft_s:
                     self.misses_left -= 1
             case e.TokensGenerated(request_id=id, tokens=tokens):

@@ -29,8 +29,9 @@ class Outcome:
         ended: When it ended, however.
         worker: That answered.
         prefill_worker: That computed its prompt, if another.
-        cached_tokens: Prompt tokens found in a cache, and not computed by anybody.
-        prefill_cached: Those that the other worker found, if one computes it.
+        found: Prompt tokens that who answers did not compute, by its own count.
+        found_before: The fewest of a worker that computed it for another, or in
+            vain, so that what it computed is in a cache now.
         generated: Tokens of the answer.
         attempts: Dispatches.
         status: `completed`, or in words why not; empty while unfinished.
@@ -46,13 +47,19 @@ class Outcome:
     ended: float = math.nan
     worker: WorkerId = ""
     prefill_worker: WorkerId = ""
-    cached_tokens: int = 0
-    prefill_cached: int | None = None
+    found: int | None = None
+    found_before: int | None = None
     generated: int = 0
     attempts: int = 0
     status: str = ""
 
-    def found(self, cached_tokens: int | None) -> None:
-        """Note what who answers found: KV that was handed over was computed first."""
-        counts = [n for n in (cached_tokens, self.prefill_cached) if n is not None]
-        self.cached_tokens = min(counts, default=0)
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in a cache: KV that was handed over was computed."""
+        counts = [n for n in (self.found, self.found_before) if n is not None]
+        return min(counts, default=0)
+
+    def also_found(self, cached_tokens: int | None) -> None:
+        """Note what one found that computed the prompt for another, or in vain."""
+        counts = [n for n in (cached_tokens, self.found_before) if n is not None]
+        self.found_before = min(counts, default=None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
-from ..amounts import as_real
+from ..amounts import as_whole
 from ..errors import InvalidRequest, shown
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ def spread(
         count: How often to call it.
         jobs: Processes; 1 stays in this one.
     """
-    if not as_real(jobs) >= 1 or jobs % 1:
+    if (as_whole(jobs) or 0) < 1:
         raise InvalidRequest(f"jobs is {shown(jobs)}, must be how many processes")
     if jobs <= 1 or count <= 1:
         return [task(shared, row) for row in range(count)]

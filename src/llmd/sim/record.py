@@ -131,7 +131,7 @@ def read(path: str | Path) -> Iterator[tuple[int, Event, list[Any]]]:
         InvalidRequest: The file is no recording, or of another version.
     """
     lines = _lines(path)
-    number, line = next(lines, (1, ""))
+    number, line = next(lines, (1, "{}"))  # of which it is none
     if _parsed(path, number, line).get("llmd_recording") != VERSION:
         raise InvalidRequest(f"{path} is no recording of version {VERSION}")
     event: Event | None = None
@@ -167,10 +167,11 @@ def extract(path: str | Path) -> Recording:
 
     Requests that never ended keep as long an answer as was seen, at least one
     token; clients that left are taken to leave as late again, from an answer as
-    long as the longest.  A turn of a session whose prompt has the one before and
-    its answer in front comes as long after that answer as it did, and finds the
-    answer's KV where that was computed.  Of workers those count that were there
-    when the first request came: record from before `server.add`.
+    long as the longest, and so are deadlines that passed.  A turn of a session
+    whose prompt has the one before and its answer in front, as KV events tell,
+    comes as long after that answer as it did, and finds the answer's KV where that
+    was computed.  Of workers those count that were there when the first request
+    came, see `recording`.
 
     Raises:
         InvalidRequest: It is no recording, or nobody came, or nobody was there.

@@ -25,6 +25,7 @@ from .report import Slo
 from .workload import Job, Workload
 
 _RUNNING = "rollout:running-"
+_WAITING = "rollout:waiting-"
 
 
 @attrs.define(kw_only=True)
@@ -107,7 +108,10 @@ class Rollout(Autoscaler):
         if rate > 0:
             prompt = max(rates["uncached_tokens"] / rate, 1.0)
         waiting = itertools.islice(view.waiting, self.most_requests)
-        jobs = [_job(request, answer) for request in waiting]
+        jobs = [
+            _job(attrs.evolve(request, id=f"{_WAITING}{row}"), answer)
+            for row, request in enumerate(waiting)
+        ]
         rest = max(answer / 2, 1.0)
         jobs += [
             _job(Request(id=f"{_RUNNING}{row}", prompt=[row]), rest)
@@ -169,4 +173,7 @@ class Rollout(Autoscaler):
 
 def _job(request: Request, answer_tokens: float) -> Job:
     request = attrs.evolve(request, deadline=math.inf)
-    return Job(request=request, output_tokens=max(round(answer_tokens), 1))
+    tokens = max(round(answer_tokens), 1)
+    return Job(
+        request=request, output_tokens=min(tokens, request.max_new_tokens or tokens)
+    )

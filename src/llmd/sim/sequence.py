@@ -6,7 +6,7 @@ import math
 
 import attrs
 
-from ..amounts import as_real
+from ..amounts import as_real, as_whole
 from ..blocks import Prompt
 from ..errors import InvalidRequest, shown
 from ..hashing import Hashes, process_hasher, seed_of
@@ -58,8 +58,8 @@ class EngineSettings:
 
     def __attrs_post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value = as_real(given := getattr(self, name))
-            if not least <= value < math.inf or value % 1:
+            value = as_whole(given := getattr(self, name))
+            if value is None or value < least:
                 raise InvalidRequest(
                     f"{name} is {shown(given)}, must be a whole number, {least} or more"
                 )

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import attrs
 
-from ..amounts import as_real
+from ..amounts import as_whole
 from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..types import Worker
@@ -91,8 +91,9 @@ def named(policies: Policies) -> Mapping[str, Policy]:
 
 def kinds(workload: Workload, seeds: int) -> tuple[Workload, ...]:
     """Return *workload*, or one of its kind for each seed."""
-    if not as_real(seeds) >= 1 or seeds % 1:
+    count = as_whole(seeds)
+    if count is None or count < 1:
         raise InvalidRequest(f"seeds is {shown(seeds)}, must be how many")
     if seeds == 1:
         return (workload,)
-    return tuple([workload.seeded(seed) for seed in range(int(seeds))])
+    return tuple([workload.seeded(seed) for seed in range(count)])

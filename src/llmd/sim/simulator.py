@@ -50,7 +50,8 @@ class Simulator:
             the autoscaler wants one more.  A worker belongs to the pool of its
             machine, its model or its role.
         crashes: Workers that die on the way.
-        tick_s: Seconds between two `Tick` events for an autoscaler; 0 for none.
+        tick_s: Seconds between two `Tick` events for an autoscaler; 0 for none but
+            those at deadlines.
         signals_s: Seconds between two reports of each engine; 0 for none.
 
     Raises:
@@ -94,7 +95,9 @@ class Simulator:
         for name in ("tick_s", "signals_s"):
             every = as_real(getattr(self, name))
             if every and not _SHORTEST_S <= every < math.inf:
-                raise InvalidRequest(f"{name} is {every}, want 0 or a millisecond")
+                raise InvalidRequest(
+                    f"{name} is {every}, want 0, or a millisecond or more"
+                )
         self._handovers = Handovers(Links(bytes_per_s=_link(self.machine)))
 
     def run(
@@ -134,7 +137,8 @@ class Simulator:
             action(argument)
             if self.ledger.misses_left < 0:
                 break
-        self.ledger.tell_who_waits(self.cluster)
+        if not self._agenda:
+            self.ledger.tell_who_waits(self.cluster)
         return Report.of(self, workload)
 
     def _start(self, worker: Worker) -> None:
@@ -177,8 +181,8 @@ class Simulator:
             raise
         except InvalidRequest as error:
             self._close(request.id, f"refused: {error}")
-        if self.now < request.deadline < math.inf:
-            self._agenda.put(request.deadline, self._expire, job.id)
+        if request.deadline < math.inf:
+            self._agenda.put(max(request.deadline, self.now), self._expire, job.id)
 
     def _expire(self, id: RequestId) -> None:
         if not self.ledger.outcomes[id].status:
@@ -187,11 +191,16 @@ class Simulator:
     def _cancel(self, id: RequestId) -> None:
         outcome = self.ledger.outcomes[id]
         if not outcome.status:
-            if engine := self.engines.get(outcome.worker):
-                seen = engine.model.generated(id, self.now)
-                outcome.generated = max(outcome.generated, seen)
+            self._count(id)
             self._close(id, "cancelled")
             self._feed(e.RequestCancelled(self.now, id))
+
+    def _count(self, id: RequestId) -> None:
+        """Count what a client has of an answer by now."""
+        outcome = self.ledger.outcomes[id]
+        if engine := self.engines.get(outcome.worker):
+            seen = engine.model.generated(id, self.now)
+            outcome.generated = max(outcome.generated, seen)
 
     def _wake(self, engine: Engine) -> None:
         if engine.wake != self.now or not engine.there:
@@ -235,7 +244,7 @@ class Simulator:
         self._take_events(engine)
         self._leave(id)
         if crash.restart_after_s < math.inf:
-            worker = self._places.taken(engine.model.worker, self.now)
+            worker = self._places.taken(engine.model.worker, self.now, self.engines)
             self._agenda.put(self.now + crash.restart_after_s, self._rejoin, worker)
 
     def _rejoin(self, worker: Worker) -> None:
@@ -249,7 +258,11 @@ class Simulator:
     # What the cluster commands.
 
     def _feed(self, event: e.Event) -> None:
-        for command in self.cluster.handle(event):
+        commands = self.cluster.handle(event)
+        for command in commands:
+            if isinstance(command, c.Fail):  # before an abort loses count
+                self._count(command.request.id)
+        for command in commands:
             self._carry_out(command)
         self._watch()
 
@@ -283,7 +296,7 @@ class Simulator:
         outcome = self.ledger.outcomes[request.id]
         if not outcome.generated:
             outcome.dispatched = self.now
-        outcome.worker, outcome.prefill_cached = decision.decode, None
+        outcome.worker = decision.decode
         outcome.attempts += 1
         if decision.prefill is not None and decision.prefill != decision.decode:
             outcome.prefill_worker = decision.prefill
@@ -401,6 +414,7 @@ class Simulator:
 
     def _abort_on(self, engine: Engine, id: RequestId) -> None:
         if engine.there:
+            self.ledger.outcomes[id].also_found(engine.model.found(id))
             self._awake(engine, engine.model.abort(id, self.now))
             self._leave_if_done(engine)
 

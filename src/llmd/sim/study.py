@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..machines import Machine
 from ..types import Worker
 from ..view import Floats
@@ -175,6 +175,8 @@ def compare(
         settings: As for `simulate`.
         jobs: Processes to spread the runs over.
     """
+    if slo is not None and not isinstance(slo, Slo):
+        raise InvalidRequest(f"slo is {shown(slo)}, want an Slo")
     setting = Setting(
         policies=named(policies),
         workloads=kinds(workload, seeds),

@@ -179,6 +179,11 @@ class ModelWorker:
         steps = 0 if self._run is None else self._run.steps_by(now) - 1
         return decoding.generated(sequence) + steps
 
+    def found(self, id: RequestId) -> int | None:
+        """Return how much of a prompt was in the cache; None if it did not look."""
+        sequence = self.held.get(id)
+        return None if sequence is None or sequence.cached < 0 else sequence.cached
+
     def die(self, now: float) -> None:
         """End the run under way where it is: clients have the tokens so far."""
         run = self._run

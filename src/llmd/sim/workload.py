@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from ..amounts import as_real
+from ..amounts import as_real, as_whole
 from ..blocks import Prompt
 from ..errors import InvalidRequest, shown
 from ..types import Request, RequestId
@@ -22,11 +22,8 @@ _LATEST_S = 1e11
 
 
 def _whole(value: Any) -> Any:
-    """Return a whole number of any kind, as of numpy, as an int."""
-    try:
-        return value if value is True else operator.index(value)
-    except TypeError:
-        return value
+    whole = as_whole(value)
+    return value if whole is None else whole
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -71,7 +68,11 @@ class Job:
         times = as_real(self.at), as_real(self.think_s)
         leaves = as_real(self.cancel_after_s)
         if not (all(0.0 <= time <= _LATEST_S for time in times) and leaves >= 0.0):
-            raise InvalidRequest(f"{self.request.id!r} comes or leaves at no time")
+            raise InvalidRequest(
+                f"{self.request.id!r} comes at {shown(self.at)}, thinks for"
+                f" {shown(self.think_s)} and leaves after {shown(self.cancel_after_s)}:"
+                f" times are seconds, from 0 to {_LATEST_S:g}"
+            )
 
     @property
     def id(self) -> RequestId:
@@ -157,9 +158,10 @@ class Workload:
         A workload that was read from a file keeps its jobs, each moved later by up
         to the mean gap.
         """
-        seed = _whole(seed)
-        if type(seed) is not int or seed < 0:
+        whole = as_whole(seed)
+        if whole is None or whole < 0:
             raise InvalidRequest(f"seed is {shown(seed)}, must be a whole number")
+        seed = whole
         if self.remake is not None:
             return self.remake(seed)
         return self.jittered(self.span_s / max(len(self), 1), seed)

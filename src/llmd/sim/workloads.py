@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..amounts import as_real
+from ..amounts import as_real, as_whole
 from ..errors import InvalidRequest, shown
 from ..types import Request
 from ..view import Ints
@@ -44,7 +44,7 @@ def _at_least(least: int, **given: float) -> None:
 def _whole(least: int, **given: int) -> None:
     _at_least(least, **given)
     for name, value in given.items():
-        if value % 1:
+        if as_whole(value) is None:
             raise InvalidRequest(f"{name} is {value}, must be a whole number")
 
 
