@@ -80,8 +80,8 @@ def first_token(core: Core, event: e.FirstToken) -> list[c.Command]:
         return []
     # Of KV that was handed over the engine says that it was cached.
     alone = booking.decision.first == event.worker
+    cached = event.cached_tokens if alone else None
     for worker in booking.workers:
-        cached = event.cached_tokens if alone else None
         core.index.settle(worker, booking.request, cached, event.at)
     booking.first_token_at = event.at
     core.books.first_token(booking)

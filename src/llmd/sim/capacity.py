@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 import numpy as np
 
-from ..errors import InvalidRequest, shown
+from ..errors import InvalidRequest
 from ..machines import Machine
 from ..types import Worker
 from .face import Policy
@@ -112,8 +112,6 @@ def capacities(
     Raises:
         InvalidRequest: Bounds or precision that nothing can be found with.
     """
-    if not isinstance(slo, Slo):
-        raise InvalidRequest(f"slo is {shown(slo)}, want an Slo")
     if not (0.0 <= between[0] < between[1] and 0.0 < precision < math.inf):
         raise InvalidRequest(f"cannot search {between} to a part of {precision}")
     setting = Setting(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..amounts import as_whole
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from ..types import Request
 from ..view import Floats
 from .arrivals import poisson
@@ -33,11 +33,12 @@ def from_profile(
     Raises:
         InvalidRequest: The profile lacks what no workload can do without.
     """
-    if (as_whole(requests) or 0) < 1:
+    known = as_whole(seed)
+    if (as_whole(requests) or 0) < 1 or known is None or known < 0:
         raise InvalidRequest(
-            f"requests is {requests}, must be a whole number, 1 or more"
+            f"requests is {shown(requests)} and seed {shown(seed)}: want whole numbers"
         )
-    seed = int(seed)
+    seed = known
     rng = np.random.default_rng((seed, 6))
     for key in ("input_sequence_length", "output_sequence_length"):
         if key not in profile:

@@ -34,7 +34,7 @@ class Crash:
         if not (0.0 <= self.at < math.inf and self.restart_after_s >= 0.0):
             raise InvalidRequest(f"{self!r} has no time")
 
-    def of(self, workers: Collection[WorkerId]) -> None:
+    def check(self, workers: Collection[WorkerId]) -> None:
         """Check that it is a crash of one of *workers*, or of a successor.
 
         Raises:

@@ -72,7 +72,7 @@ class Report:
         cached_tokens: How much of it was found in a cache.
         output_tokens: Length of its answer as it came.
         worker: Who answered; empty if nobody.
-        status: `completed`, or in words why not; empty if it began and did not end.
+        status: `completed`, or in words why not; empty if the run ended before it.
         workers: What each worker did.
         span_s: Seconds from the first arrival to the last event.
 

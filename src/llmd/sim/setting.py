@@ -48,9 +48,14 @@ class Setting:
     machine: Machine | None
     machines: Mapping[str, Machine] | None
     settings: EngineSettings | None
-    slo: Slo = attrs.field(factory=Slo)
+    slo: Slo = attrs.field()
     precision: float = 0.02
     range: tuple[float, float] = (0.0, math.inf)
+
+    @slo.validator
+    def _is_one(self, _: object, slo: object) -> None:
+        if not isinstance(slo, Slo):
+            raise InvalidRequest(f"slo is {shown(slo)}, want an Slo")
 
     def report(
         self, policy: str, workload: Workload, give_up: Slo | None = None

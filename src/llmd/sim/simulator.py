@@ -148,9 +148,6 @@ class Simulator:
                 " change that: want ready, or starting"
             )
         self._join(worker, worker.state)
-        if worker.state is State.STARTING:
-            ready_at = self.now + self.settings.cold_start_s
-            self._agenda.put(ready_at, self._ready, worker.id)
 
     def _schedule(self) -> None:
         for job in self.ledger.heads():
@@ -161,7 +158,7 @@ class Simulator:
             self._agenda.put(self.now, self._signal, None)
         for crash in self.crashes:
             if self.cluster.autoscaler is None:  # which may yet start anybody
-                crash.of(self.engines)
+                crash.check(self.engines)
             self._agenda.put(crash.at, self._crash, crash)
 
     # What the world does.
@@ -428,6 +425,9 @@ class Simulator:
         model = ModelWorker(worker, machine, self.settings)
         self.engines[worker.id] = Engine(model, self.now)
         self._feed(e.WorkerJoined(self.now, worker))
+        if state is State.STARTING:
+            ready_at = self.now + self.settings.cold_start_s
+            self._agenda.put(ready_at, self._ready, worker.id)
 
     def _leave(self, worker: WorkerId) -> None:
         self.engines[worker].left_at = self.now
@@ -459,8 +459,6 @@ class Simulator:
                 raise InvalidRequest("the autoscaler wants workers: set `spawn`")
             worker = self.spawn(self._spawned, pool)
             self._join(worker, State.STARTING)
-            ready_at = self.now + self.settings.cold_start_s
-            self._agenda.put(ready_at, self._ready, worker.id)
         for id in surplus(alive, workers, lambda id: self._burden(self.engines[id])):
             engine = self.engines[id]
             engine.draining = True

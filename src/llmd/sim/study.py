@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 import numpy as np
 
-from ..errors import InvalidRequest, shown
+from ..errors import InvalidRequest
 from ..machines import Machine
 from ..types import Worker
 from ..view import Floats
@@ -175,8 +175,6 @@ def compare(
         settings: As for `simulate`.
         jobs: Processes to spread the runs over.
     """
-    if slo is not None and not isinstance(slo, Slo):
-        raise InvalidRequest(f"slo is {shown(slo)}, want an Slo")
     setting = Setting(
         policies=named(policies),
         workloads=kinds(workload, seeds),
@@ -184,7 +182,7 @@ def compare(
         machine=machine,
         machines=machines,
         settings=settings,
-        slo=slo or Slo(ttft_s=2.0, tpot_s=0.05),
+        slo=Slo(ttft_s=2.0, tpot_s=0.05) if slo is None else slo,
     )
     count = len(setting.policies) * seeds
     reports = spread(_compared, setting, count, jobs)

@@ -41,7 +41,7 @@ def _at_least(least: int, **given: float) -> None:
             raise InvalidRequest(f"{name} is {shown(value)}, must be at least {least}")
 
 
-def _whole(least: int, **given: int) -> None:
+def _count(least: int, **given: int) -> None:
     _at_least(least, **given)
     for name, value in given.items():
         if as_whole(value) is None:
@@ -89,9 +89,9 @@ def dialogue(
     """
     _at_least(1, turns=turns)
     _at_least(0, think_s=think_s)
-    _whole(1, requests=requests, system_prompts=system_prompts)
-    _whole(1, system_tokens=system_tokens)
-    _whole(0, seed=seed)
+    _count(1, requests=requests, system_prompts=system_prompts)
+    _count(1, system_tokens=system_tokens)
+    _count(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 1)), _Texts(seed, "dialogue")
@@ -155,8 +155,8 @@ def documents(
         seed: Of all that is drawn.
     """
     _at_least(1, questions_per_document=questions_per_document)
-    _whole(1, requests=requests)
-    _whole(0, seed=seed)
+    _count(1, requests=requests)
+    _count(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 2)), _Texts(seed, "documents")
@@ -195,8 +195,8 @@ def batch(
         burstiness: Of arrivals; 0 sends them evenly.
         seed: Of all that is drawn.
     """
-    _whole(1, requests=requests)
-    _whole(0, seed=seed)
+    _count(1, requests=requests)
+    _count(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 3)), _Texts(seed, "batch")
@@ -243,10 +243,10 @@ def shared_prefix(
         burstiness: Of arrivals; 1 is Poisson.
         seed: Of all that is drawn.
     """
-    _whole(1, requests=requests, groups=groups, users_per_group=users_per_group)
-    _whole(1, system_tokens=system_tokens, question_tokens=question_tokens)
-    _whole(1, answer_tokens=answer_tokens)
-    _whole(0, seed=seed)
+    _count(1, requests=requests, groups=groups, users_per_group=users_per_group)
+    _count(1, system_tokens=system_tokens, question_tokens=question_tokens)
+    _count(1, answer_tokens=answer_tokens)
+    _count(0, seed=seed)
     arguments = dict(locals())
     del arguments["seed"]
     rng, texts = np.random.default_rng((seed, 4)), _Texts(seed, "shared")
@@ -282,17 +282,16 @@ def mixed(*, rate: float = 6.0, requests: int = 1000, seed: int = 0) -> Workload
         requests: How many in all.
         seed: Of all that is drawn.
     """
-    _whole(3, requests=requests)
+    _count(3, requests=requests)
     _at_least(0, rate=rate)
     arguments = {"rate": rate, "requests": requests}
-    parts = {documents: 0.2, batch: 0.3, dialogue: 0.5}
-    jobs: list[Job] = []
-    for make, part in parts.items():
-        count = max(round(requests * part), 1)
-        if make is dialogue:
-            count = requests - len(jobs)
-        made = make(rate=rate * part, requests=count, seed=seed)  # type: ignore[operator]
-        jobs += made.jobs
+    long, many = max(round(requests * 0.2), 1), max(round(requests * 0.3), 1)
+    parts = (
+        dialogue(rate=rate * 0.5, requests=requests - long - many, seed=seed),
+        documents(rate=rate * 0.2, requests=long, seed=seed),
+        batch(rate=rate * 0.3, requests=many, seed=seed),
+    )
+    jobs = [job for part in parts for job in part.jobs]
     again = functools.partial(_again, mixed, arguments)
     return Workload(name="mixed", jobs=jobs, remake=again)
 
