@@ -1,7 +1,9 @@
-"""Measure a P/D hand-off between two vLLM engines of one GPU, over llmd's transport.
+"""Measure a P/D hand-off between two vLLM engines, over llmd's transport.
 
     PYTHONPATH=src python benchmarks/gpu/handoff.py [--connector NAME] [--through-host]
+        [--visible 0,1 1,0]
 
+Both on one GPU, or where `--visible` says: the GPUs that each sees, its own first.
 A 7B shape (Qwen2.5) with random weights.  For each length: prefill on one engine,
 then the same prompt on the other with the KV handed over, then once more on the
 first, where it is a prefix hit.  `beyond_ms` is how much later the second engine's
@@ -53,12 +55,16 @@ def model_directory():
     return directory
 
 
-def start(role, port, connector, staging_bytes, checksums, through_host=False):
+def start(
+    role, port, connector, staging_bytes, checksums, through_host=False, visible=""
+):
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
+    if visible:  # to the engine, which is a process of its own
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     if connector == "LlmdConnector":
         from llmd.adapters.vllm.connector_config import transfer_config
 
@@ -146,8 +152,11 @@ async def measure(options):
             staging,
             not options.unchecked,
             options.through_host,
+            visible,
         )
-        for role, port in (("kv_producer", 5700), ("kv_consumer", 5800))
+        for role, port, visible in zip(
+            ("kv_producer", "kv_consumer"), (5700, 5800), options.visible, strict=True
+        )
     ]
     print("engines up after", round(time.perf_counter() - begun, 1), "s", flush=True)
     prefill, decode = engines
@@ -189,11 +198,12 @@ def main():
     parser.add_argument("--staging-gb", type=float, default=4.0)
     parser.add_argument("--unchecked", action="store_true")
     parser.add_argument("--through-host", action="store_true")
+    parser.add_argument("--visible", nargs=2, default=("", ""), metavar="GPUS")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     set_environment()
     rows = asyncio.run(measure(options))
-    result = {"connector": options.connector, "rows": rows}
+    result = {"connector": options.connector, "visible": options.visible, "rows": rows}
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)

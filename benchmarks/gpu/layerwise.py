@@ -1,12 +1,12 @@
 """Time to first token of P/D requests, layers going all at once and one by one.
 
-    PYTHONPATH=src python benchmarks/gpu/layerwise.py [--json PATH]
+    PYTHONPATH=src python benchmarks/gpu/layerwise.py [--visible 0,1 1,0] [--json PATH]
 
-Two vLLM engines of a 7B shape (Qwen2.5, random weights) on one GPU behind
-`llmd.live.Server`, with `transfer_config(layerwise=...)` off and then on.  `beyond`
-is how much later the first token comes than the prompt alone takes on the prefill
-engine; tokens must be those of the prefill engine.  The last line printed is the
-result as JSON.
+Two vLLM engines of a 7B shape (Qwen2.5, random weights) behind `llmd.live.Server`,
+on one GPU or where `--visible` says (the GPUs that each sees, its own first), with
+`transfer_config(layerwise=...)` off and then on.  `beyond` is how much later the
+first token comes than the prompt alone takes on the prefill engine; tokens must be
+those of the prefill engine.  The last line printed is the result as JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class To(llmd.Router):
         return llmd.Decision(self.decode, prefill=self.prefill)
 
 
-def engine(role: str, layerwise: bool) -> VllmEngine:
+def engine(role: str, layerwise: bool, visible: str) -> VllmEngine:
     config = transfer_config(role=role, staging_bytes=4 << 30, layerwise=layerwise)
     options = {
         "load_format": "dummy",
@@ -53,7 +53,12 @@ def engine(role: str, layerwise: bool) -> VllmEngine:
         "max_num_seqs": 64,
         "kv_transfer_config": config,
     }
-    return VllmEngine(handoff.model_directory(), names=["shape"], options=options)
+    return VllmEngine(
+        handoff.model_directory(),
+        names=["shape"],
+        options=options,
+        environment={"CUDA_VISIBLE_DEVICES": visible} if visible else {},
+    )
 
 
 async def asked(server: Server, ids: list[int], name: str) -> tuple[float, list[int]]:
@@ -67,11 +72,12 @@ async def asked(server: Server, ids: list[int], name: str) -> tuple[float, list[
     return first, tokens
 
 
-async def measure(layerwise: bool) -> list[dict]:
+async def measure(layerwise: bool, visible: list[str]) -> list[dict]:
     rng, rows, router = random.Random(3), [], To()
     async with Server(llmd.Cluster(router)) as server:
-        for role, name in (("kv_producer", "p"), ("kv_consumer", "d")):
-            await server.add(engine(role, layerwise), name)
+        roles = (("kv_producer", "p"), ("kv_consumer", "d"))
+        for (role, name), sees in zip(roles, visible, strict=True):
+            await server.add(engine(role, layerwise, sees), name)
 
         async def one(tokens: int, name: str) -> dict:
             ids = [rng.randrange(1000, 150_000) for _ in range(tokens)]
@@ -113,12 +119,13 @@ async def measure(layerwise: bool) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--visible", nargs=2, default=["", ""], metavar="GPUS")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     handoff.set_environment()
     rows = []
     for layerwise in (False, True):
-        rows += asyncio.run(measure(layerwise))
+        rows += asyncio.run(measure(layerwise, options.visible))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

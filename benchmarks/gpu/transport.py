@@ -1,12 +1,13 @@
-"""Measure ways to hand KV over between two processes of one GPU.
+"""Measure ways to hand KV over between two processes of one GPU, or of two.
 
-    PYTHONPATH=src python benchmarks/gpu/transport.py
+    PYTHONPATH=src python benchmarks/gpu/transport.py [--only PART] [--visible 0,1 1,0]
 
 Needs torch with CUDA, nixl, attrs, numpy; triton, xxhash and CUDA IPC for some
 variants.  256 MiB in 4096 scattered blocks of 64 KiB go from one process to
 another, to scattered blocks there, and are compared on arrival.  Each variant
 runs in a fresh pair of processes with a time limit, so one that fails costs
-nothing but itself.  The last line printed is the result as JSON.
+nothing but itself.  `--visible` says which GPUs source and target see, their own
+first.  The last line printed is the result as JSON.
 
 Time is from before the source's first kernel until the target's last kernel has
 ended, on the monotonic clock that both share; the best and the median of the
@@ -527,7 +528,9 @@ VARIANTS = {
 }
 
 
-def serve(role, variant, pipe, answers):
+def serve(role, variant, pipe, answers, visible):
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     os.environ.setdefault("UCX_PROTO_INFO", "y")
     os.environ.setdefault("UCX_LOG_FILE", f"/tmp/llmd-ucx-{os.getpid()}.log")
     end = None
@@ -566,14 +569,17 @@ def lanes():
     return "; ".join(dict.fromkeys(found))
 
 
-def measure(variant):
+def measure(variant, visible):
     """Run a variant in a pair of processes and return its row."""
     context = mp.get_context("spawn")
     one, other = context.Pipe()
     pairs = []
-    for role, pipe in (("source", one), ("target", other)):
+    for role, pipe, sees in zip(
+        ("source", "target"), (one, other), visible, strict=True
+    ):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=serve, args=(role, variant, pipe, theirs))
+        what = (role, variant, pipe, theirs, sees)
+        process = context.Process(target=serve, args=what)
         process.start()
         pairs.append((process, mine))
     row = {"variant": variant}
@@ -635,6 +641,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--limit-s", type=float, default=165.0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--visible", nargs=2, default=("", ""), metavar="GPUS")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()
     until = time.monotonic() + options.limit_s
@@ -653,9 +660,10 @@ def main():
         if time.monotonic() > until:
             rows.append({"variant": variant, "error": "no time left"})
             continue
-        rows.append(measure(variant))
+        rows.append(measure(variant, options.visible))
         print(json.dumps(rows[-1]), flush=True)
-    result = {"bytes": BYTES, "blocks": BLOCKS, "machine": machine(), "rows": rows}
+    about = machine() | {"visible": options.visible}
+    result = {"bytes": BYTES, "blocks": BLOCKS, "machine": about, "rows": rows}
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -91,14 +91,13 @@ class TorchMover(Mover):
         return xxh3(self._slab[first:last].cpu().numpy(), slots)
 
     def _index(self, blocks: Sequence[int]) -> Any:
-        device = self._layers[0].device
-        return torch.tensor(blocks, dtype=torch.long, device=device)
+        return placed(blocks, self._layers[0].device)
 
     def _where(self, slots: Sequence[int]) -> Any:
         """Return *slots* as a slice if they are a run, which saves a copy."""
         if slots[-1] - slots[0] == len(slots) - 1:
             return slice(slots[0], slots[-1] + 1)
-        return torch.tensor(slots, dtype=torch.long, device=self._slab.device)
+        return placed(slots, self._slab.device)
 
 
 class KernelMover(Mover):
@@ -130,11 +129,9 @@ class KernelMover(Mover):
         self._move(blocks, slots, EVERY, gather=False)
 
     def _index(self, blocks: Sequence[int]) -> Any:
-        # Layer after layer moves the same blocks, and each copy to the GPU would
-        # have the engine wait for all that it launched.
         of, index = self._indexed
-        if of is not blocks:
-            index = torch.tensor(blocks, dtype=torch.int64, device=self._device)
+        if of is not blocks:  # layer after layer moves the same
+            index = placed(blocks, self._device)
             self._indexed = blocks, index
         return index
 
@@ -149,6 +146,17 @@ class KernelMover(Mover):
         index = self._index(blocks)
         for start, stop in runs(slots):
             self._stage.move(index[start:stop], slots[start], layers, gather=gather)
+
+
+def placed(numbers: Sequence[int], device: Any) -> Any:
+    """Return *numbers* as int64 on a device, in order with what it is to do.
+
+    From pinned memory, as a copy from any other has who asks wait until a GPU has
+    done all that was launched before: an engine would launch no step ahead.
+    """
+    pinned = device.type == "cuda"
+    there = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+    return there.to(device, non_blocking=True)
 
 
 def runs(slots: Sequence[int]) -> list[tuple[int, int]]:
