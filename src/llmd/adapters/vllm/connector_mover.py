@@ -119,6 +119,13 @@ class KernelMover(Mover):
         # Blocks are moved as they lie, so the strides are part of the order.
         self.order = f"{tuple(first.shape[1:])} by {first.stride()[1:]}"
         self._indexed: tuple[Sequence[int] | None, Any] = (None, None)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Move a block there and back, so that no hand-off waits for compilers."""
+        self.gather([0], [0])
+        self.scatter([0], [0])
+        self.sums(0, 1, np.zeros(1, np.int32))
 
     def gather(
         self, blocks: Sequence[int], slots: Sequence[int], layers: slice = EVERY
