@@ -1,6 +1,6 @@
 """Measure the simulator's speed, Dynamo's replay beside it, and the routers.
 
-python benchmarks/sim.py [--routing [--traces jittered verbatim azure]]
+python benchmarks/sim.py [--routing [--traces jittered verbatim tools azure]]
 
 `LLMD_TRACES` names the folder of public traces; without it the sample of the
 conversation trace that the tests use stands in, and says so in the keys.
@@ -127,6 +127,11 @@ def traced() -> dict[str, Workload]:
     _, verbatim = conversation()
     found = {"jittered": verbatim.jittered(3.0), "verbatim": verbatim}
     if (traces_at := folder()) is not None:
+        # Tools and agents: 1,000 requests of the trace, in 177 s.
+        found["tools"] = traces.mooncake(
+            traces_at / "mooncake_arxiv_first1000.jsonl.zst"
+        )
+        found["tools jittered"] = found["tools"].jittered(3.0)
         # No two of its requests have anything in common.
         found["azure"] = traces.azure(traces_at / "azure_llm_2023_conv.csv.gz")
     return found
