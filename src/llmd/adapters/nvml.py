@@ -13,6 +13,16 @@ from ..machines.detect import Answers, Detected, detect
 
 Answer = TypeVar("Answer")
 _NVLINKS = 18
+# `NVML_P2P_CAPS_INDEX_READ` is a tuple in the bindings, by a comma too many.
+_READ, _WRITE = 0, 1
+_NO_P2P = {
+    1: "the chipset does not support peer-to-peer",
+    2: "the GPU does not support peer-to-peer",
+    3: "the topology does not allow peer-to-peer",
+    4: "peer-to-peer is disabled by a registry key",
+    5: "peer-to-peer is not supported",
+}
+"""`NVML_P2P_STATUS_...` of those that are not OK."""
 
 
 def detect_all(nvml: Any = None) -> tuple[Detected, ...]:
@@ -55,16 +65,18 @@ def read(nvml: Any = None) -> tuple[Answers, ...]:
         raise UnknownHardware(f"NVML does not start: {error}") from error
     try:
         answers: list[Answers] = []
-        count = nvml.nvmlDeviceGetCount()
-        for number in range(count):
-            device = nvml.nvmlDeviceGetHandleByIndex(number)
-            answers += _device(nvml, device, count)
+        numbers = range(nvml.nvmlDeviceGetCount())
+        devices = [nvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
+        for number in numbers:
+            answers += _device(nvml, devices, number)
         return tuple(answers)
     finally:
         nvml.nvmlShutdown()
 
 
-def _device(nvml: Any, device: Any, count: int) -> list[Answers]:
+def _device(nvml: Any, devices: list[Any], number: int) -> list[Answers]:
+    device = devices[number]
+
     def ask(question: Callable[[], Answer]) -> Answer | None:
         # Old drivers and other products answer "not supported" to many.
         try:
@@ -83,9 +95,10 @@ def _device(nvml: Any, device: Any, count: int) -> list[Answers]:
         mig=mig,
         parent_uuid=_text(nvml.nvmlDeviceGetUUID(device)),
         nvlink_peers=_peers(nvml, device, ask),
+        no_p2p=_no_p2p(nvml, device, devices[:number] + devices[number + 1 :], ask),
         pcie_generation=ask(lambda: nvml.nvmlDeviceGetMaxPcieLinkGeneration(device)),
         pcie_lanes=ask(lambda: nvml.nvmlDeviceGetMaxPcieLinkWidth(device)),
-        gpus=count,
+        gpus=len(devices),
     )
     return _instances(nvml, device, whole, ask) if mig else [whole]
 
@@ -128,6 +141,24 @@ def _peers(nvml: Any, device: Any, ask: Any) -> tuple[str, ...]:
             if remote is not None:
                 peers.append(_text(remote.busId))
     return tuple(dict.fromkeys(peers))
+
+
+def _no_p2p(
+    nvml: Any, device: Any, others: list[Any], ask: Any
+) -> tuple[tuple[str, str], ...]:
+    """Return which others it cannot read or write, each with why."""
+    found = []
+    for other in others:
+        for what in (_READ, _WRITE):
+            status = ask(
+                lambda other=other, what=what: nvml.nvmlDeviceGetP2PStatus(
+                    device, other, what
+                )
+            )
+            if status in _NO_P2P:
+                found.append((_text(nvml.nvmlDeviceGetUUID(other)), _NO_P2P[status]))
+                break
+    return tuple(found)
 
 
 def _mode(answer: Any) -> int:

@@ -60,6 +60,8 @@ class Answers:
         mig_instance: This is an instance and not a whole GPU.
         parent_uuid: Of the whole GPU; `uuid` if this is one.
         nvlink_peers: UUIDs or bus ids of GPUs at the other end of an NVLink.
+        no_p2p: UUIDs of GPUs of this machine whose memory it cannot read and write,
+            each with why.
         pcie_generation: Of the link as it can run at most.
         pcie_lanes: Likewise.
         gpus: Of this kind in the machine.
@@ -75,6 +77,7 @@ class Answers:
     mig_instance: bool = False
     parent_uuid: str = ""
     nvlink_peers: tuple[str, ...] = ()
+    no_p2p: tuple[tuple[str, str], ...] = ()
     pcie_generation: int | None = None
     pcie_lanes: int | None = None
     gpus: int = 1
@@ -101,7 +104,8 @@ class Detected:
         """Say in words why CUDA IPC to *other* cannot work; empty if it can.
 
         The driver refuses to map memory from one MIG instance into a process
-        of another, even on the same GPU.
+        of another, even on the same GPU, and of a GPU that the bus does not
+        let another reach.
         """
         for device in (self, other):
             if device.mig and self.answers.uuid != other.answers.uuid:
@@ -109,6 +113,13 @@ class Detected:
                     f"{device.answers.uuid or device.answers.name} is a MIG instance:"
                     " CUDA IPC is blocked between instances, go through host memory"
                 )
+        for one, to in ((self.answers, other.answers), (other.answers, self.answers)):
+            for uuid, why in one.no_p2p:
+                if uuid == to.uuid:
+                    return (
+                        f"{one.uuid} does not reach the memory of {uuid}, as {why}: go"
+                        " through host memory"
+                    )
         return ""
 
 
