@@ -1,10 +1,11 @@
 """Measure the simulator's speed, Dynamo's replay beside it, and the routers.
 
-python benchmarks/sim.py [--routing [--traces jittered verbatim tools azure]]
+python benchmarks/sim.py [--study | --routing [--traces jittered verbatim tools azure]]
 
 `LLMD_TRACES` names the folder of public traces; without it the sample of the
 conversation trace that the tests use stands in, and says so in the keys.
-`--routing` prints what docs/explanation/simulator-checked.md shows, in minutes.
+`--study` times a comparison of twenty policies.  `--routing` prints what
+docs/explanation/simulator-checked.md shows, in minutes.
 """
 
 from __future__ import annotations
@@ -186,8 +187,27 @@ def routing(
         print(study, flush=True)
 
 
+def studied(jobs: int) -> float:
+    """Return the seconds that twenty policies take, three seeds, 2,000 requests."""
+    name, workload = conversation()
+    load = workload.jittered(3.0).first(2000)
+    blends = {
+        f"prefix {weight}": weight * llmd.PrefixOverlap()
+        + llmd.KVHeadroom()
+        + llmd.QueueDepth()
+        for weight in range(1, 11)
+    }
+    begun = time.perf_counter()
+    study = compare(ROUTERS | blends, load, seeds=3, slo=SLO, jobs=jobs)
+    seconds = time.perf_counter() - begun
+    print(study)
+    print(f"{len(study.policies)} policies, 3 seeds, {len(load)} requests of {name}")
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--study", action="store_true")
     parser.add_argument("--routing", action="store_true")
     parser.add_argument("--traces", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--routers", nargs="*", default=[], choices=[[], *ROUTERS])
@@ -200,7 +220,9 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    if options.routing:
+    if options.study:
+        print(f"{studied(options.jobs):.1f} s with {options.jobs} processes")
+    elif options.routing:
         routing(
             options.jobs,
             options.traces,
