@@ -137,7 +137,7 @@ class Ladder:
 
     Attributes:
         name: Of the file with what was measured, in `DATA`.
-        policies: Scorers and index of each, best first.
+        policies: Scorers and index of each.
         warm_up: Requests a second, and for how long.
         stages: Seconds of each load, by its requests a second.
         full: Requests a second from which random and load scheduling keep up no more.
